@@ -1,0 +1,62 @@
+"""MAE, ViT-B/16: the authors' setting (He et al. 2021, https://arxiv.org/abs/2111.06377).
+
+    accelerate launch pretrain.py --recipe mae                                   # demo(): minutes on two CPU cores
+    accelerate launch --multi_gpu pretrain.py --recipe mae --data '/data/in1k/train-{000000..001281}.tar' \
+        --val '/data/in1k/val-{000000..000049}.tar' --out runs/mae               # recipe(): 800 epochs
+
+The same command again goes on from the newest checkpoint in --out.
+
+Expect   recipe(): unmeasured here. The authors, after 1600 epochs of ImageNet: linear probe 67.8, fine-tuned 83.6
+         (FINETUNE.md).
+Numbers  facebookresearch/mae PRETRAIN.md, main_pretrain.py, models_mae.py@efb2a80, unless marked "ours".
+"""
+
+from dataclasses import replace
+
+from ssl_global.encoders.vit import VitConfig
+from ssl_global.methods.mae import MaeConfig
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        data=Data(),  # ImageNet's mean and deviation
+        views=Views(globals=Crops(count=1, pixels=224, area=(0.2, 1.0), flip=0.5)),
+        encoder=VitConfig(name="vit_base_patch16_224", positions="sincos"),
+        method=MaeConfig(mask_ratio=0.75, decoder_width=512, decoder_depth=8, decoder_heads=16),
+        optim=Optim(
+            lr_per_256_images=1.5e-4,
+            lr_end=0.0,
+            warmup_epochs=40,
+            weight_decay=(0.05, 0.05),
+            betas=(0.9, 0.95),
+            clip_norm=None,
+        ),
+        train=Train(
+            epochs=800,
+            global_batch=4096,  # 64 on each of 8 GPUs of 8 machines
+            micro_batch=64,
+            precision="bf16",  # ours: theirs is fp16
+        ),
+        eval=Eval(every=6250),  # ours: twenty epochs of ImageNet
+        log=Log(every=20),  # ours
+        checkpoint=Checkpoint(every=500, keep=2),  # ours
+    )
+
+
+def demo() -> Recipe:
+    """The same road on two CPU cores: small views, a small ViT and decoder. All its numbers are ours."""
+    paper = recipe()
+    return replace(
+        paper,
+        views=Views(globals=replace(paper.views.globals, pixels=32, area=(0.3, 1.0))),
+        encoder=VitConfig(
+            name="vit_tiny_patch16_224", patch=4, width=128, depth=4, heads=4, positions="sincos", pool="avg"
+        ),
+        method=MaeConfig(decoder_width=64, decoder_depth=2, decoder_heads=4),
+        optim=replace(paper.optim, lr_per_256_images=4e-3, warmup_epochs=5),
+        train=Train(epochs=60, global_batch=64),
+        eval=Eval(every=705, linear=True),
+        log=Log(every=20),
+        checkpoint=Checkpoint(every=200),
+    )

@@ -1,0 +1,208 @@
+"""The command `ssl-global`: all that is done beside training.
+
+    ssl-global pack FOLDER SHARDS           a folder of images into webdataset .tar shards
+    ssl-global export RUN                   a run's backbone into a folder that timm loads
+    ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
+    ssl-global evaluate linear BACKBONE
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from ssl_global.data.sample import built_in_sample
+from ssl_global.data.shards import pack as pack_shards
+from ssl_global.data.source import FolderSource, open_source
+from ssl_global.errors import UserError
+from ssl_global.evaluation import features as f
+from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder
+from ssl_global.evaluation.knn import knn, knn_confusion
+from ssl_global.evaluation.linear import linear
+from ssl_global.export import export as export_encoder
+from ssl_global.recipe import Data
+
+app = tyro.extras.SubcommandApp()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command. What the user got wrong is one line on stderr and exit code 2."""
+    try:
+        app.cli(
+            prog="ssl-global",
+            description="What is done beside training.",
+            args=arguments,
+            config=(FlagCreatePairsOff,),
+        )
+    except UserError as error:
+        print(f"ssl-global: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command
+def pack(
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    shards: Annotated[Positional[Path], arg(metavar="SHARDS")],
+    *,
+    shard_mb: int = 256,
+) -> None:
+    """Write a folder of images as webdataset .tar shards; started again, it goes on where it stopped.
+
+    Args:
+        folder: Images at any depth; its folders are the classes, if all images are in one of several.
+        shards: Folder to write to.
+        shard_mb: Size of a shard, about, in millions of bytes.
+    """
+    source = open_source(str(folder))
+    if not isinstance(source, FolderSource):
+        raise UserError(f"{folder}: has shards already; give a folder of images")
+    if shard_mb < 1:
+        raise UserError(f"--shard-mb {shard_mb}: at least 1")
+    packed = pack_shards(source, shards, shard_bytes=shard_mb * 1_000_000)
+    labels = "no labels" if source.classes is None else f"{len(source.classes)} classes"
+    print(f"{shards}: {packed.num_images} images, {labels}, {len(packed.shards)} shards ({packed.written} written now)")
+
+
+@app.command
+def export(
+    run: Annotated[Positional[Path], arg(metavar="RUN")], *, what: str | None = None, out: Path | None = None
+) -> None:
+    """Write a run's backbone as a folder that timm and the Hugging Face hub load, and prove that they do.
+
+    Args:
+        run: A run's --out folder.
+        what: student, teacher or encoder; by default the method's own choice.
+        out: Folder to write to; by default RUN/export, or RUN/export-WHAT for a given --what.
+    """
+    from ssl_global.training.checkpoint import choose, load_method
+
+    recipe, method, _ = load_method(run)
+    chosen, encoder = choose(method.backbones(), what)
+    summary_file = run / "summary.json"
+    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
+    folder = out or run / ("export" if what is None else f"export-{what}")
+    export_encoder(encoder, folder, recipe=recipe, summary=summary, what=chosen)
+    num_tensors = len(encoder.model.state_dict())
+    print(f"{folder}: the {chosen}, proven: {num_tensors} of {num_tensors} tensors, the same features bit for bit")
+    print(f'load it: timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@app.command
+def evaluate(
+    judge: Positional[Literal["knn", "linear"]],
+    backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    what: str | None = None,
+    confusion: bool = False,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+    device: str | None = None,
+    batch: int = 256,
+    workers: int | None = None,
+) -> None:
+    """Judge a backbone by the k-NN or by a linear probe of its features.
+
+    Args:
+        judge: knn (20 neighbours, temperature 0.07, as DINO) or linear (the best of several learning rates, on val).
+        backbone: An export folder, a run folder, or a timm name: with its .tag pretrained, without one untrained.
+        train: Labelled images to learn from: a folder with class folders, or shards; else half of val is.
+        val: Labelled images to judge on; without both, the built-in sample.
+        what: Which of a run's encoders: student, teacher or encoder.
+        confusion: Also show what each class is taken for.
+        json_file: Also write the figures to this file, with the whole confusion matrix if --confusion.
+        device: As torch names it; by default the accelerator that there is, else the CPU.
+        batch: Images at once.
+        workers: Decoding processes; by default as many as there are cores, 8 at most.
+    """
+    if train is not None and val is None:
+        raise UserError("--train needs --val: the images to judge on")
+    on = device_named(device)
+    chosen = load_backbone(backbone, what, run_backbone=partial(run_backbone, device=on), device=on)
+    data = Data(channels=chosen.channels, mean=chosen.mean, std=chosen.std, workers=workers)
+    train_source, val_source = (open_source(path) if path else None for path in (train, val))
+    if val_source is None:
+        train_source, val_source = (open_source(path) for path in built_in_sample())
+    extract = partial(f.extract, chosen.embed, data=data, pixels=chosen.pixels, batch=batch, device=on)
+    split = f.split(extract, train_source, val_source)
+    figures: dict[str, Any] = {"backbone": chosen.name, "pixels": chosen.pixels, "width": chosen.width}
+    figures["images"] = split.said
+    if judge == "knn":
+        # With the default mean, whatever the backbone's own: the same images have the same baseline.
+        pixels_of = partial(f.pixel_features, data=Data(workers=workers), batch=batch, device=on)
+        of_pixels = f.split(pixels_of, train_source, val_source)
+        figures |= {"knn": knn(split, device=on), "knn_pixels": knn(of_pixels, device=on)}
+        matrix = knn_confusion(split, device=on) if confusion else None
+    else:
+        result = linear(split, device=on)
+        figures |= {"linear": result.top1, "best_lr": result.best_lr, "table": result.table}
+        matrix = result.confusion if confusion else None
+    show(figures)
+    if matrix is not None:
+        show_confusion(matrix, split.classes)
+        figures |= {"confusion": matrix.tolist(), "classes": split.classes}
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def device_named(name: str | None) -> torch.device:
+    """The one that is asked for, or the accelerator that there is, or the CPU."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def run_backbone(run: Path, what: str | None, *, device: torch.device) -> Backbone:
+    # Imported here: judging an export or a timm model needs nothing of what trains.
+    from ssl_global.training.checkpoint import choose, load_method
+
+    recipe, method, _ = load_method(run)
+    name, encoder = choose(method.backbones(), what)
+    return of_encoder(f"{run} ({name})", encoder, recipe.data, device)
+
+
+# ------------------------------------------------------------------------------------------------------------ showing
+
+
+def console() -> Console:
+    """As wide as it needs to be where it is no terminal: a pipe should not get broken lines."""
+    return Console() if sys.stdout.isatty() else Console(width=1000)
+
+
+def show(figures: dict[str, Any]) -> None:
+    out = console()
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    for name, value in figures.items():
+        if name != "table":
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    out.print(table)
+    if "table" in figures:
+        probes = Table("lr", "top1", box=box.SIMPLE_HEAD)
+        for row in figures["table"]:
+            probes.add_row(f"{row['lr']:g}", f"{row['top1']:.4f}")
+        out.print(probes)
+
+
+def show_confusion(matrix: torch.Tensor, classes: list[str] | None) -> None:
+    """A line for each class: how many, how many right, and what it is most often taken for."""
+    names = classes or list(map(str, range(len(matrix))))
+    table = Table("class", "images", "right", "most often taken for", box=box.SIMPLE_HEAD)
+    for own, counts in enumerate(matrix.tolist()):
+        if sum(counts) == 0:
+            continue
+        wrong = sorted(((count, names[i]) for i, count in enumerate(counts) if count and i != own), reverse=True)
+        taken_for = ", ".join(f"{name} {count}" for count, name in wrong[:3])
+        table.add_row(names[own], str(sum(counts)), f"{counts[own] / sum(counts):.3f}", taken_for)
+    console().print(table)

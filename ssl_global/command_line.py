@@ -1,0 +1,177 @@
+"""The command line over a recipe: find it by name, let every field be set, refuse what is not a field in one line."""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ssl_global.errors import UserError
+from ssl_global.recipe import Recipe, flatten
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Pretrain a vision backbone on images without labels.
+
+    Without --data it runs the recipe's demo() on a built-in sample of photographs; with it, the paper's recipe().
+    A recipe given as a .py file is a program: it is run.
+    """
+
+    recipe: str  # NAME, NAME:FUNCTION, or the path of a .py file, with or without :FUNCTION
+    data: str | None = None  # a folder of images, or .tar shards ('train-{000..099}.tar'); None: the built-in sample
+    val: str | None = None  # the same, with labels if there are any, to judge with; None: the sample's, or no judging
+    out: Path | None = None  # where the run is kept; None: runs/NAME
+    fresh: bool = False  # begin anew; a run that is in --out already is moved aside
+    print: bool = False  # show the resolved recipe and end
+    device: Literal["auto", "cpu"] = "auto"  # auto: the fastest there is
+    log_with: tuple[str, ...] = ("tensorboard",)  # trackers, as Accelerate names them: tensorboard, wandb, mlflow, ...
+    settings: Annotated[Recipe, tyro.conf.arg(name="")]
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, dict[str, object]]:
+    """The command and the recipe's own values of the fields that it changes. Raises UserError; exits 0 after --help."""
+    argv = list(argv)
+    spec = option(argv, "--recipe") or (next(iter(recipe_files())) if {"-h", "--help"} & set(argv) else None)
+    if spec is None:
+        raise UserError(f"--recipe is missing: one of {', '.join(recipe_files())}, or a path to a .py file")
+    has_data = option(argv, "--data") is not None
+    path, function, build = find(spec, default="recipe" if has_data else "demo")
+    recipe = build()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{path}: {function}() returns a {type(recipe).__name__}; a Recipe would be right")
+    default = Command(recipe=f"{path.stem}:{function}", out=Path("runs") / path.stem, settings=one_length(recipe, argv))
+    refuse_unknown(argv, default)
+    command = tyro_parse(argv, default)
+    command = replace(command, recipe=default.recipe)
+    command.settings.check()
+    before, after = flatten(recipe), flatten(command.settings)
+    return command, {name: before[name] for name in after if after[name] != before[name]}
+
+
+def recipe_files() -> dict[str, Path]:
+    """{"dino": path, ...}: beside the package in a checkout, inside it when installed."""
+    folder = next(f for f in (HERE / "recipes", HERE.parent / "recipes") if f.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def find(spec: str, *, default: str) -> tuple[Path, str, Callable[[], Recipe]]:
+    """(file, function name, function) of "dino", "dino:demo", "my/recipe.py" or "my/recipe.py:small"."""
+    name, _, function = spec.partition(":")
+    function = function or default
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"--recipe {spec}: there is no file {name}")
+    else:
+        files = recipe_files()
+        if name not in files:
+            raise UserError(
+                f"--recipe {spec}: no recipe of that name{nearest(name, files)}; there are {', '.join(files)}"
+            )
+        path = files[name]
+    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        build = getattr(module, function, None)
+        if not callable(build):
+            raise UserError(f"--recipe {spec}: {path} has no function {function}(); recipe() and demo() are usual")
+        build()  # a wrong field name shows here, with the file's name
+    except (TypeError, SyntaxError, NameError, ImportError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return path, function, build
+
+
+def one_length(recipe: Recipe, argv: list[str]) -> Recipe:
+    """A run has a length in epochs or in steps: setting one on the command line unsets the recipe's other."""
+    epochs, steps = (option(argv, f"--train.{name}") is not None for name in ("epochs", "steps"))
+    if epochs == steps:
+        return recipe
+    return replace(recipe, train=replace(recipe.train, **{"steps" if epochs else "epochs": None}))
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The value of `--name value` or `--name=value`; the last one counts."""
+    value = None
+    for place, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        elif word == name and place + 1 < len(argv):
+            value = argv[place + 1]
+    return value
+
+
+def refuse_unknown(argv: list[str], default: Command) -> None:
+    own = [name for name in Command.__dataclass_fields__ if name != "settings"]
+    known = {f"--{name}".replace("_", "-") for name in (*own, *flatten(default.settings))}
+    known |= {"--help", "--no-fresh", "--no-print"}
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag.replace("_", "-") not in known:
+            shown = f"{flag} {value if equals else (option(argv, flag) or '')}".rstrip()
+            raise UserError(
+                f"{shown}: there is no such field{nearest(flag.replace('_', '-'), known)}; --help lists all"
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    longer = sorted(k for k in known if k.startswith(f"{name}-"))
+    close = longer[::-1] or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def tyro_parse(argv: list[str], default: Command) -> Command:
+    """tyro, with the first paragraph of its report as one line."""
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(report):
+            return tyro.cli(Command, default=default, args=argv, prog="pretrain.py", description=Command.__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(one_line(report.getvalue(), default)) from None
+
+
+def one_line(report: str, default: Command) -> str:
+    """Of tyro's box: what is wrong, without the frame, and this recipe's value as an example of what would be right."""
+    lines = [line.strip("│ \t") for line in report.splitlines()]
+    paragraph = []
+    for line in lines:
+        if line.startswith(("─", "╰")):
+            break
+        if not line.startswith("╭"):
+            paragraph.append(line)
+    text = " ".join(paragraph).removeprefix("Error parsing ")
+    text = re.sub(r": no type matching (\S+) could be instantiated from \[(.*?)\].*", r" \2: not a \1", text)
+    text = re.sub(r": could not convert string to float: (.*)", r" \1: not a number", text)
+    text = re.sub(r": invalid literal for int\(\) with base 10: (.*)", r" \1: not a whole number", text)
+    flag = re.search(r"--[\w.-]+", text)
+    values = {f"--{name}".replace("_", "-"): value for name, value in flatten(default.settings).items()}
+    if flag and (name := flag.group().rstrip(".")) in values:
+        text = f"{text.rstrip('.')}; this recipe has {json.dumps(values[name])}"
+    return text
+
+
+def main(job: Callable[[Command, dict[str, object]], None], argv: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn a UserError into one line, from one process of each machine, and exit code 2."""
+    try:
+        command, overridden = parse(sys.argv[1:] if argv is None else argv)
+        job(command, overridden)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,100 @@
+"""The built-in sample: real photographs that scikit-image ships, cut into small crops. No download, no files of ours.
+
+A crop's class is the photograph that it was cut from. Training crops come from the left 68 % of each photograph and
+validation crops from the rest, so no pixel is in both. k-NN of raw pixels: see README.md.
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import skimage
+import webdataset
+from PIL import Image
+
+from ssl_global.data.randomness import SAMPLE, stream
+from ssl_global.errors import UserError
+
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
+    "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png",
+    "retina.jpg", "rocket.jpg", "text.png",
+)  # fmt: skip
+NUM_TRAIN, NUM_VAL = 3000, 900
+PIXELS = 64  # side of a crop
+TRAIN_SHARE = 0.68  # of a photograph's width
+SIDES = (0.35, 0.9)  # of a crop, as a share of the region's shorter side
+SHARDS = 4  # of training crops; validation has one
+SEED = 0
+VERSION = 1  # of all the above: another version is another folder
+
+
+def built_in_sample(cache: Path | None = None) -> tuple[str, str]:
+    """(training shards, validation shards) as patterns; written on first use, in seconds, to the user's cache folder."""
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_global"
+    folder = cache / f"sample-v{VERSION}"
+    if not folder.exists():
+        write(folder)
+    return str(folder / "train" / "*.tar"), str(folder / "val" / "*.tar")
+
+
+def write(folder: Path) -> None:
+    """All of it under a temporary name, then renamed; of two processes at once one wins, and both have the same."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".sample-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    photographs = [photograph(name) for name in PHOTOGRAPHS]
+    for part, count, num_shards in (("train", NUM_TRAIN, SHARDS), ("val", NUM_VAL, 1)):
+        (temporary / part).mkdir()
+        names = [Path(name).stem for name in PHOTOGRAPHS]
+        (temporary / part / "classes.json").write_text(json.dumps(names))
+        for shard in range(num_shards):
+            write_shard(
+                temporary / part / f"{part}-{shard:06d}.tar", photographs, part, range(shard, count, num_shards)
+            )
+    try:
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.exists():
+            raise
+
+
+def photograph(name: str) -> Image.Image:
+    """From the installed package's own files; nothing is downloaded."""
+    file = Path(skimage.__file__).parent / "data" / name
+    if not file.is_file():
+        raise UserError(f"{file}: scikit-image {skimage.__version__} has no such photograph; 0.25 and 0.26 have")
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def write_shard(path: Path, photographs: list[Image.Image], part: str, crops: range) -> None:
+    with path.open("wb") as file:
+        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+        for number in crops:
+            label = number % len(photographs)  # the classes take turns
+            image = crop(photographs[label], part, number)
+            writer.write({"__key__": f"{part}-{number:05d}", "jpg": image, "cls": str(label).encode()})
+        writer.close()
+
+
+def crop(image: Image.Image, part: str, number: int) -> bytes:
+    """A random square of the part's region, as a JPEG."""
+    border = round(image.width * TRAIN_SHARE)
+    left, right = (0, border) if part == "train" else (border, image.width)
+    random = stream(SEED, SAMPLE, ("train", "val").index(part), number)
+    side = round(min(right - left, image.height) * random.uniform(*SIDES))
+    x = int(random.integers(left, right - side + 1))
+    y = int(random.integers(0, image.height - side + 1))
+    view = image.crop((x, y, x + side, y + side)).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    view.save(encoded, "JPEG", quality=92)
+    return encoded.getvalue()

@@ -1,0 +1,195 @@
+"""A run's backbone as a folder that timm and the Hugging Face hub understand, proven before it is called done.
+
+    FOLDER/
+        model.safetensors   the timm model's own state_dict
+        config.json         timm's hub format: architecture, model_args, pretrained_cfg (mean, std, input size)
+        README.md           the model card
+
+config.json is written here and not by timm's `save_for_hf`: timm 1.0.31's adds num_classes to model_args, which
+transformers' TimmWrapperModel then passes twice; older ones keep the input size and the mean of timm's own weights.
+"""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_global.encoders.encoder import Encoder
+from ssl_global.errors import UserError
+from ssl_global.recipe import Data, Recipe, as_json
+
+CROP_SHARE = 0.875  # of the shorter side, as in our own evaluation: 224 of 256
+
+
+def export(encoder: Encoder, folder: Path, *, recipe: Recipe, summary: dict[str, Any], what: str) -> Path:
+    """Writes `encoder` to `folder` and returns it, once timm has loaded it again and said the same of a batch.
+
+    recipe    that it was trained with
+    summary   the run's figures, for the model card
+    what      its name in the run: teacher, student, encoder
+
+    An export that is there already is replaced, but only by one that is proven. Raises UserError if something else is
+    there, RuntimeError with the tensor's name if what timm loads is not what was trained.
+    """
+    folder = Path(folder)
+    refuse_other_folders(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A copy, on the CPU and in eval mode: the run goes on with its own, and both sides compute alike.
+    encoder = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
+        new, old = Path(workshop, "new"), Path(workshop, "old")
+        new.mkdir()
+        write_model(encoder, new, recipe.data)
+        num_tensors = prove(encoder, new)
+        (new / "README.md").write_text(
+            model_card(encoder, folder.resolve().parent.name, recipe, summary, what=what, num_tensors=num_tensors)
+        )
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    return folder
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def refuse_other_folders(folder: Path) -> None:
+    if folder.is_dir() and (is_export(folder) or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is there and is no export: it will not be replaced; give another --out")
+
+
+def write_model(encoder: Encoder, folder: Path, data: Data) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(timm_config(encoder, data), indent=2) + "\n")
+
+
+def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
+    """What timm's hub format asks for."""
+    own: dict[str, Any] = encoder.model.pretrained_cfg  # type: ignore[assignment]
+    return {
+        "architecture": encoder.architecture,
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "model_args": encoder.model_args,
+        "pretrained_cfg": {
+            "input_size": [encoder.channels, encoder.pixels, encoder.pixels],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": CROP_SHARE,
+            "crop_mode": "center",
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "num_classes": 0,
+            "first_conv": own.get("first_conv"),  # timm's to adapt to other channels
+            "classifier": own.get("classifier"),  # timm's to leave out of the weights
+        },
+    }
+
+
+def prove(encoder: Encoder, folder: Path) -> int:
+    """Loads the folder as a user will and compares: names, shapes and values of all tensors, and what they compute.
+
+    Returns the number of tensors. Raises RuntimeError at the first difference.
+    """
+    expected = encoder.model.state_dict()
+    compare(expected, load_file(folder / "model.safetensors"), where="model.safetensors")
+    model = load(folder)
+    compare(expected, model.state_dict(), where="timm's model")
+    size = (2, encoder.channels, encoder.pixels, encoder.pixels)
+    batch = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (model(batch) - encoder.encode(batch).summary).abs().max().item()
+        if difference != 0:
+            raise RuntimeError(f"export: timm's model says something else of the same images, by {difference:.2g}")
+        # The last stage only: by default timm asks for three or more, which a small model may not have.
+        stages = load(folder, features_only=True, out_indices=[-1])(batch)
+    if len(stages) != 1 or not stages[0].isfinite().all():
+        raise RuntimeError("export: features_only=True gives no feature map of the last stage")
+    return len(expected)
+
+
+def load(folder: Path, **options: Any) -> torch.nn.Module:
+    model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    return model.eval()
+
+
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor], *, where: str) -> None:
+    for complaint, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has besides", found.keys() - expected.keys()),
+        ("has another shape of", [n for n in expected if n in found and expected[n].shape != found[n].shape]),
+    ):
+        if names:
+            raise RuntimeError(f"export: {where} {complaint} {', '.join(sorted(names))}")
+    for name, tensor in expected.items():
+        if not torch.equal(tensor, found[name]):
+            raise RuntimeError(f"export: {where} has other values in {name}")
+
+
+# --------------------------------------------------------------------------------------------------------- model card
+
+
+def model_card(
+    encoder: Encoder, run: str, recipe: Recipe, summary: dict[str, Any], *, what: str, num_tensors: int
+) -> str:
+    numbers = as_json(recipe)
+    figures = {name: value for name, value in summary.items() if isinstance(value, str | int | float)}
+    method, size = str(numbers["method.kind"]).upper(), f"{encoder.pixels} x {encoder.pixels}"
+    return f"""---
+library_name: timm
+tags:
+- image-feature-extraction
+- timm
+- self-supervised
+---
+# {run}: {encoder.architecture}, pretrained without labels
+
+The {what} of a {method} run. {encoder.channels} x {size} pixels in, {encoder.width} features out,
+patches of {encoder.patch} pixels; other image sizes work too.
+
+When it was written timm loaded it again: {num_tensors} of {num_tensors} tensors, the same features bit for bit.
+
+## Load
+
+```python
+import timm
+
+name = "local-dir:PATH/OF/THIS/FOLDER"
+model = timm.create_model(name, pretrained=True)  # images -> (B, {encoder.width})
+model = timm.create_model(name, pretrained=True, num_classes=10)  # with a new head
+model = timm.create_model(name, pretrained=True, features_only=True, out_indices=[-1])  # feature maps
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("PATH/OF/THIS/FOLDER")  # .pooler_output: (B, {encoder.width})
+```
+
+## Figures
+
+{table("figure", figures)}
+
+## Data
+
+Channels, in 0..1, are normalised with mean {list(recipe.data.mean)} and deviation {list(recipe.data.std)}.
+
+## Recipe
+
+{table("field", numbers)}
+"""
+
+
+def table(head: str, rows: dict[str, Any]) -> str:
+    return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

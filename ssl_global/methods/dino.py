@@ -1,0 +1,182 @@
+"""DINO: from one view of an image the student foretells what the teacher says of another.
+
+Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers",
+https://arxiv.org/abs/2104.14294 (Algorithm 1; multi-crop in section 3).
+
+Letters, in this file only:
+
+    B  images on this process     G  global views, 2      V  all views, global ones first
+    D  the encoder's width        K  prototypes, the head's outputs
+
+Who holds what: the student learns by gradient; the teacher is the student's moving average; the centre is the moving
+average of the teacher's mean logit, the same on every process. All three are in state_dict().
+
+Not as in the paper's code: the gradient is clipped by its global norm, not tensor by tensor; the teacher's temperature
+rises with each step, not with each epoch; the centre is reduced in the step that made it, so that a run stopped between
+two steps has nothing in flight, and over all parts of an accumulated batch.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_global.encoders.encoder import Encoder
+from ssl_global.errors import wrong
+from ssl_global.methods.heads import PrototypeHead
+from ssl_global.methods.method import Batch, Method
+from ssl_global.methods.teacher import follow, move_teacher
+from ssl_global.recipe import MethodConfig, Recipe, in_range, not_longer_than_run
+from ssl_global.schedules import Progress, cosine, linear, share_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig(MethodConfig):
+    prototypes: int = 65_536  # K, the head's outputs
+    head_hidden: int = 2048  # width of the head's two hidden layers
+    head_bottleneck: int = 256  # width that the prototypes live in
+    student_temp: float = 0.1  # divides the student's logits
+    teacher_temp: tuple[float, float] = (
+        0.04,
+        0.04,
+    )  # divides the teacher's logits: at the start, and after its warm-up
+    teacher_temp_warmup_epochs: float = 0.0  # a straight line from the first to the second
+    teacher_momentum: tuple[float, float] = (0.996, 1.0)  # at the first and at the last step, half a cosine between
+    centre_momentum: float = 0.9  # of the teacher's mean logit
+    freeze_prototypes_epochs: float = 1.0  # the last layer gets no gradient until then
+
+    def check(self, recipe: Recipe) -> None:
+        if self.prototypes < 2:
+            raise wrong("method.prototypes", self.prototypes, "at least 2")
+        for name in ("head_hidden", "head_bottleneck"):
+            if getattr(self, name) < 1:
+                raise wrong(f"method.{name}", getattr(self, name), "at least 1")
+        if self.student_temp <= 0:
+            raise wrong("method.student_temp", self.student_temp, "above 0; the paper's is 0.1")
+        if min(self.teacher_temp) <= 0:
+            raise wrong("method.teacher_temp", self.teacher_temp, "both above 0; the paper's are 0.04 to 0.07")
+        for momentum in self.teacher_momentum:
+            in_range("method.teacher_momentum", momentum, 0, 1)
+        in_range("method.centre_momentum", self.centre_momentum, 0, 1)
+        for name in ("teacher_temp_warmup_epochs", "freeze_prototypes_epochs"):
+            if getattr(self, name) < 0:
+                raise wrong(f"method.{name}", getattr(self, name), "0 or more")
+        if recipe.views.globals.count + recipe.views.locals.count < 2:
+            raise wrong(
+                "views.globals.count", recipe.views.globals.count, "DINO compares views: at least 2 of each image"
+            )
+
+    def check_durations(self, epochs: float) -> None:
+        not_longer_than_run("method.teacher_temp_warmup_epochs", self.teacher_temp_warmup_epochs, epochs)
+        not_longer_than_run("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, epochs)
+
+    def build(self, recipe: Recipe) -> "Dino":
+        student = recipe.encoder.build(recipe)
+        teacher = replace(recipe.encoder, drop_path=0.0).build(recipe)  # the teacher sees with all its blocks
+        return Dino(self, student, teacher, num_global_views=recipe.views.globals.count)
+
+
+class Dino(Method):
+    def __init__(self, config: DinoConfig, student: Encoder, teacher: Encoder, *, num_global_views: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_global_views = num_global_views
+        self.student = Distiller(student, config)
+        self.teacher = Distiller(teacher, config)
+        follow(self.teacher, self.student)
+        self.centre: Tensor
+        self.logit_sum: Tensor
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+        # Of the step under way: the sum of the teacher's logits, over views and parts of the batch, and their number.
+        self.register_buffer("logit_sum", torch.zeros(config.prototypes), persistent=False)
+        self.num_logits = 0
+
+    def begin_step(self, progress: Progress) -> None:
+        self.logit_sum.zero_()
+        self.num_logits = 0
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        views, num_global = batch["views"], self.num_global_views
+        with torch.no_grad():
+            teacher_logits = self.teacher(views[:num_global]).float()
+        self.logit_sum += teacher_logits.sum(0)
+        self.num_logits += len(teacher_logits)
+        student_logits = self.student(views)
+
+        config = self.config
+        temp = linear(*config.teacher_temp, share_of(progress.epoch, config.teacher_temp_warmup_epochs))
+        teacher_GBK = ((teacher_logits - self.centre) / temp).softmax(-1).unflatten(0, (num_global, -1))
+        student_VBK = student_logits.unflatten(0, (len(views), -1))
+        loss = dino_loss(student_VBK, teacher_GBK, student_temp=config.student_temp)
+        entropy = -torch.xlogy(teacher_GBK, teacher_GBK).sum(-1).mean()
+        return {
+            "loss": loss,
+            "teacher_entropy_share": entropy / math.log(config.prototypes),
+            "teacher_kl": loss.detach()
+            - entropy,  # of the student from the teacher: what the student could still learn
+        }
+
+    def gradients_done(self, progress: Progress) -> None:
+        if progress.epoch < self.config.freeze_prototypes_epochs:
+            self.student.head.prototypes.weight.grad = None
+
+    def after_step(self, progress: Progress) -> None:
+        move_teacher(self.teacher, self.student, cosine(*self.config.teacher_momentum, progress.share))
+        total = torch.cat([self.logit_sum, self.logit_sum.new_tensor([self.num_logits])])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        self.centre.lerp_(total[:-1] / total[-1], 1 - self.config.centre_momentum)
+
+    def backbones(self) -> dict[str, Encoder]:
+        return {"teacher": self.teacher.encoder, "student": self.student.encoder}
+
+
+class Distiller(nn.Module):
+    """An encoder and a head: student or teacher."""
+
+    def __init__(self, encoder: Encoder, config: DinoConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = PrototypeHead(
+            encoder.width, hidden=config.head_hidden, bottleneck=config.head_bottleneck, prototypes=config.prototypes
+        )
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Logits (len(views) * B, K), view by view. Neighbouring views of one size go through the encoder together."""
+        summaries, start = [], 0
+        for stop in range(1, len(views) + 1):
+            if stop == len(views) or views[stop].shape != views[start].shape:
+                summaries.append(self.encoder(torch.cat(views[start:stop])).summary)
+                start = stop
+        return self.head(torch.cat(summaries))
+
+
+def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) -> Tensor:
+    """Mean cross-entropy, in nats, of the teacher's view g under the student's view v, over all g != v.
+
+    student_VBK   raw logits; rows 0..G-1 are of the global views that the teacher saw
+    teacher_GBK   probabilities, centred and sharpened already: each sums to 1 over K; no gradient
+    student_temp  the paper's tau_s; above 0
+
+    Returns a float32 scalar, whatever the inputs' precision. Raises ValueError for a single view. Slowly:
+
+        total, pairs = 0, 0
+        for g in range(G):
+            for v in range(V):
+                if v != g:                       # at v == g the student looked at the teacher's very view
+                    total += mean over B of -sum over K of teacher[g] * log_softmax(student[v] / student_temp)
+                    pairs += 1
+        return total / pairs
+    """
+    num_global, num_images, _ = teacher_GBK.shape
+    num_views = len(student_VBK)
+    if num_views < 2:
+        raise ValueError(f"DINO compares different views of an image; got {num_views}")
+    with torch.autocast(student_VBK.device.type, enabled=False):
+        log_p_VBK = F.log_softmax(student_VBK.float() / student_temp, dim=-1)
+        ce_GV = -torch.einsum("gbk,vbk->gv", teacher_GBK.float(), log_p_VBK) / num_images
+        same_view_GV = torch.eye(num_global, num_views, dtype=torch.bool, device=ce_GV.device)
+        return ce_GV.masked_fill(same_view_GV, 0.0).sum() / (num_global * num_views - num_global)

@@ -1,0 +1,357 @@
+"""What a run is: frozen, typed values that a recipe fills in, and the rules that say which of them can go together.
+
+A recipe is a Python file with two functions, `recipe()` (a paper's setting) and `demo()` (the same road, small). Both
+return a `Recipe`. The comment behind a field is its help text on the command line. `Recipe.check()` refuses what cannot
+be, in one line, before data is read or a model is built.
+
+Where the data lies and where the results go are not part of a recipe: they are `--data`, `--val` and `--out`.
+"""
+
+import importlib
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssl_global.errors import UserError, wrong
+
+if TYPE_CHECKING:  # only for the signatures: a recipe builds nothing until it is asked to
+    from ssl_global.encoders.encoder import Encoder
+    from ssl_global.methods.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """How samples are read."""
+
+    channels: int = 3  # of the decoded image: 3 (colour) or 1 (grey)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, in 0..1; ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of each channel, in 0..1; ImageNet's
+    workers: int | None = None  # decoding processes beside each training process; None: the cores it has, 8 at most
+    max_bad_fraction: float = 0.001  # of unreadable samples, counted and replaced; one more stops the run
+
+    def check(self) -> None:
+        if self.channels not in (1, 3):
+            raise wrong("data.channels", self.channels, "images are decoded to 1 (grey) or 3 (colour) channels")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise wrong(
+                    f"data.{name}", getattr(self, name), f"one number for each of data.channels = {self.channels}"
+                )
+        if min(self.std) <= 0:
+            raise wrong("data.std", self.std, "each must be above 0, ImageNet's are 0.229 0.224 0.225")
+        if self.workers is not None and self.workers < 0:
+            raise wrong("data.workers", self.workers, "0 (decode in the training process) or more")
+        in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Random resized crops of one size, and what is done to each: flip, colour jitter, grey, blur, solarize."""
+
+    count: int  # of an image
+    pixels: int = 224  # side of the square
+    area: tuple[float, float] = (0.2, 1.0)  # smallest and largest share of the image's area
+    flip: float = 0.5  # probability
+    jitter: float = 0.0  # probability that colours are jittered at all
+    brightness: float = 0.4  # factor drawn from 1 ± this
+    contrast: float = 0.4  # factor drawn from 1 ± this
+    saturation: float = 0.2  # factor drawn from 1 ± this
+    hue: float = 0.1  # turn of the colour circle drawn from ± this; 0.5 is half the circle
+    grey: float = 0.0  # probability
+    blur: tuple[float, ...] = (0.0,)  # probability: one for all crops, or one for each
+    solarize: tuple[float, ...] = (0.0,)  # probability: one for all crops, or one for each
+
+    def check(self, name: str) -> None:
+        if self.pixels < 1:
+            raise wrong(f"{name}.pixels", self.pixels, "at least 1")
+        low, high = self.area
+        if not 0 < low <= high <= 1:
+            raise wrong(f"{name}.area", self.area, "two shares of the image, 0 < smallest <= largest <= 1")
+        for probability in ("flip", "jitter", "grey"):
+            in_range(f"{name}.{probability}", getattr(self, probability), 0, 1)
+        for factor in ("brightness", "contrast", "saturation"):
+            in_range(f"{name}.{factor}", getattr(self, factor), 0, 1)
+        in_range(f"{name}.hue", self.hue, 0, 0.5)
+        for each in ("blur", "solarize"):
+            values = getattr(self, each)
+            if len(values) not in (1, self.count):
+                raise wrong(f"{name}.{each}", values, f"1 probability, or {self.count}, one for each crop")
+            for value in values:
+                in_range(f"{name}.{each}", value, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The views of an image: global ones first, then local ones."""
+
+    globals: Crops
+    locals: Crops = field(default_factory=lambda: Crops(count=0, pixels=96, area=(0.05, 0.4)))
+
+    def check(self) -> None:
+        if self.globals.count < 1:
+            raise wrong("views.globals.count", self.globals.count, "at least 1 global view of each image")
+        if self.locals.count < 0:
+            raise wrong("views.locals.count", self.locals.count, "0 or more local views of each image")
+        for name, crops in self.groups().items():
+            crops.check(f"views.{name}")
+
+    def groups(self) -> dict[str, Crops]:
+        """The kinds of crops that there are, global first: crops of a kind share a size and travel as one tensor."""
+        return {"globals": self.globals} | ({"locals": self.locals} if self.locals.count else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What an encoder's own settings must offer; each encoder's file has its subclass."""
+
+    drop_path: float = 0.0  # probability that the last block is skipped for an image, rising linearly from the first
+
+    def check(self, recipe: "Recipe") -> None:
+        raise NotImplementedError
+
+    def build(self, recipe: "Recipe") -> "Encoder":
+        """For the recipe's global views and channels."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What a method's own settings must offer; each method's file has its subclass."""
+
+    def check(self, recipe: "Recipe") -> None:
+        raise NotImplementedError
+
+    def check_durations(self, epochs: float) -> None:
+        """Refuses a warm-up or the like that outlasts the run; `epochs` is the run's length."""
+
+    def build(self, recipe: "Recipe") -> "Method":
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW; no weight decay on biases, norms and other 1-D parameters."""
+
+    lr_per_256_images: float  # the peak is this times train.global_batch / 256 (Goyal et al. 2017)
+    lr_end: float = 0.0  # at the run's last step, after half a cosine
+    warmup_epochs: float  # a straight line from 0 to the peak
+    weight_decay: tuple[float, float]  # at the first and at the last step, half a cosine between
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's moving averages
+    clip_norm: float | None = None  # largest norm of the whole gradient; None: not clipped
+
+    def check(self) -> None:
+        if self.lr_per_256_images <= 0:
+            raise wrong("optim.lr_per_256_images", self.lr_per_256_images, "above 0")
+        if not self.lr_end >= 0:
+            raise wrong("optim.lr_end", self.lr_end, "0 or more")
+        if self.warmup_epochs < 0:
+            raise wrong("optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        if min(self.weight_decay) < 0:
+            raise wrong("optim.weight_decay", self.weight_decay, "0 or more, at the start and at the end")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise wrong("optim.betas", self.betas, "each 0 or more and below 1")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise wrong("optim.clip_norm", self.clip_norm, "above 0, or None for no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how much at once, how exactly. Give epochs or steps."""
+
+    epochs: float | None = None  # the run's length in passes over the data
+    steps: int | None = None  # the run's length in optimizer steps
+    global_batch: int  # images of one optimizer step, over all processes: learning does not change with the machine
+    micro_batch: int | None = None  # images that a process takes at once, at most; the rest by accumulation; None: all
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay in float32
+    compile: bool = False  # torch.compile each transformer block
+    recompute_activations: bool = False  # keep none of the blocks' activations: less memory, about a third slower
+    max_bad_steps: int = 10  # steps in a row without a finite loss and gradient; one more stops the run
+
+    def check(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise wrong(
+                "train.epochs", self.epochs, f"give train.epochs or train.steps (now {self.steps}), one of them"
+            )
+        if self.epochs is not None and self.epochs <= 0:
+            raise wrong("train.epochs", self.epochs, "above 0")
+        if self.steps is not None and self.steps < 1:
+            raise wrong("train.steps", self.steps, "at least 1")
+        if self.global_batch < 1:
+            raise wrong("train.global_batch", self.global_batch, "at least 1 image, over all processes")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise wrong("train.micro_batch", self.micro_batch, "at least 1 image, or None for all of a process's share")
+        if self.max_bad_steps < 0:
+            raise wrong("train.max_bad_steps", self.max_bad_steps, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """How the backbone is judged while it learns."""
+
+    every: int  # steps between two evaluations; the last step is always evaluated
+    linear: bool = False  # train a linear probe too, on the untrained encoder and at the end of the run
+    knn_neighbours: int = 20  # DINO, eval_knn.py
+    knn_temp: float = 0.07  # DINO, eval_knn.py
+    bank_images: int = 50_000  # training images, at most, that the k-NN and the probe learn from (ours)
+    batch: int = 256  # images at once, in each process
+
+    def check(self) -> None:
+        for name in ("every", "knn_neighbours", "bank_images", "batch"):
+            if getattr(self, name) < 1:
+                raise wrong(f"eval.{name}", getattr(self, name), "at least 1")
+        if self.knn_temp <= 0:
+            raise wrong("eval.knn_temp", self.knn_temp, "above 0, DINO uses 0.07")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is written down while it runs."""
+
+    every: int = 10  # steps between two lines of metrics
+
+    def check(self) -> None:
+        if self.every < 1:
+            raise wrong("log.every", self.every, "at least 1 step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the run is saved, besides at its end and on a signal."""
+
+    every: int  # steps between two checkpoints
+    keep: int = 2  # newest ones that stay
+
+    def check(self) -> None:
+        if self.every < 1:
+            raise wrong("checkpoint.every", self.every, "at least 1 step")
+        if self.keep < 2:
+            raise wrong(
+                "checkpoint.keep", self.keep, "at least 2: should the newest be damaged, the one before it serves"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that is learnt and how. A run is this, a seed, and data."""
+
+    seed: int = 0  # of initialisation, order, views, masks, drop path
+    data: Data
+    views: Views
+    encoder: EncoderConfig
+    method: MethodConfig
+    optim: Optim
+    train: Train
+    eval: Eval
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint
+
+    def check(self) -> None:
+        """Raises UserError, with the field, its value and what would be right, for the first thing that cannot be."""
+        if not 0 <= self.seed < 2**63:
+            raise wrong("seed", self.seed, "0 or more, below 2**63")
+        for part in (self.data, self.views, self.optim, self.train, self.eval, self.log, self.checkpoint):
+            part.check()
+        self.encoder.check(self)
+        self.method.check(self)
+        if self.train.epochs is not None:
+            self.check_durations(self.train.epochs)
+
+    def check_durations(self, epochs: float) -> None:
+        """Refuses a warm-up longer than the run. A run in steps knows its epochs once its data is counted."""
+        not_longer_than_run("optim.warmup_epochs", self.optim.warmup_epochs, epochs)
+        self.method.check_durations(epochs)
+
+
+# Fields that may differ between a checkpoint and the command that resumes it: they say how fast, how visibly and how
+# safely the run goes, not what it learns.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "data.workers",
+        "data.max_bad_fraction",
+        "train.micro_batch",
+        "train.compile",
+        "train.recompute_activations",
+        "train.max_bad_steps",
+        "eval.every",
+        "eval.batch",
+        "log.every",
+        "checkpoint.every",
+        "checkpoint.keep",
+    }
+)
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise wrong(name, value, f"between {low:g} and {high:g}")
+
+
+def not_longer_than_run(name: str, duration_epochs: float, epochs: float) -> None:
+    if duration_epochs > epochs:
+        raise wrong(name, duration_epochs, f"longer than the run, which has {epochs:g} epochs; give at most {epochs:g}")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr_end": 0.0, ...}: every field by the name that it has on the command line."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {f"{prefix}{f.name}": value}
+    return flat
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON can hold it: flat names, tuples as lists, encoder and method by the name of their file."""
+    kinds = {
+        f"{part}.kind": type(getattr(recipe, part)).__module__.rpartition(".")[2] for part in ("encoder", "method")
+    }
+    return kinds | {n: list(v) if isinstance(v, tuple) else v for n, v in flatten(recipe).items()}
+
+
+def from_json(saved: dict[str, Any]) -> Recipe:
+    """The recipe that `as_json` wrote. Encoder and method must be files of this package: nothing else is imported."""
+
+    def build(cls: type, prefix: str) -> Any:
+        values = {}
+        for f in fields(cls):
+            name = prefix + f.name
+            if name in saved:
+                values[f.name] = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+            elif any(other.startswith(f"{name}.") for other in saved):
+                values[f.name] = build(part_class(cls, f.name), f"{name}.")
+        return cls(**values)
+
+    def part_class(cls: type, part: str) -> type:
+        if cls is Recipe and part in ("encoder", "method"):
+            return config_class(part, saved[f"{part}.kind"])
+        return PARTS[part]
+
+    return build(Recipe, "")
+
+
+def config_class(part: str, kind: str) -> type:
+    """The settings' class in ssl_global/encoders/KIND.py or ssl_global/methods/KIND.py."""
+    base = {"encoder": EncoderConfig, "method": MethodConfig}[part]
+    if not kind.isidentifier():
+        raise wrong(f"{part}.kind", kind, f"the name of a file in ssl_global/{part}s")
+    try:
+        module = importlib.import_module(f"ssl_global.{part}s.{kind}")
+    except ModuleNotFoundError as error:
+        raise wrong(f"{part}.kind", kind, f"there is no ssl_global/{part}s/{kind}.py here") from error
+    return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c is not base)
+
+
+PARTS = {
+    "data": Data, "views": Views, "globals": Crops, "locals": Crops, "optim": Optim, "train": Train,
+    "eval": Eval, "log": Log, "checkpoint": Checkpoint,
+}  # fmt: skip
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], *, where: str) -> None:
+    """Raises UserError listing what differs between a checkpoint's recipe and the present one, if it matters."""
+    names = [n for n in sorted(saved.keys() | now.keys()) if n not in MAY_CHANGE_ON_RESUME]
+    changed = [f"{n} was {saved.get(n)}, is {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+    if changed:
+        raise UserError(
+            f"{where}: the run there was begun with another recipe ({'; '.join(changed)}); "
+            "give the same command to go on, --fresh to begin anew, or another --out"
+        )

@@ -1,0 +1,30 @@
+"""What a run writes down: metrics.jsonl, and the trackers that Accelerate knows (TensorBoard, wandb, ...)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+class MetricsLog:
+    """Only the main process writes. A resumed run drops the lines of steps that it will take again."""
+
+    def __init__(self, accelerator: Accelerator, run: Path, *, start_step: int, settings: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.file = run / "metrics.jsonl"
+        if accelerator.is_main_process and self.file.exists():
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= start_step]
+            self.file.write_text("".join(f"{line}\n" for line in lines))
+        if accelerator.log_with:
+            flat = {
+                name: value if isinstance(value, int | float | str | bool) else str(value)
+                for name, value in settings.items()
+            }
+            accelerator.init_trackers(run.name, config=flat, init_kwargs={"tensorboard": {"purge_step": start_step}})
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.accelerator.log(metrics, step=step)

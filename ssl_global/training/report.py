@@ -1,0 +1,90 @@
+"""What a run says of itself in words: at its start, at its end, and in run.json."""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_global.command_line import Command
+from ssl_global.recipe import Recipe, flatten
+from ssl_global.training.checkpoint import versions
+from ssl_global.training.optim import peak_lr
+from ssl_global.training.plan import Plan
+
+
+def resolved(command: Command, overridden: dict[str, object]) -> list[str]:
+    """The recipe as it is run, a line for each part; what the command line changed has the recipe's value behind it."""
+    parts: dict[str, list[str]] = {}
+    for name, value in flatten(command.settings).items():
+        part, _, field = name.rpartition(".")
+        was = f" (recipe: {overridden[name]})" if name in overridden else ""
+        parts.setdefault(part or "run", []).append(f"{field} {value}{was}")
+    width = max(map(len, parts))
+    return [f"recipe {command.recipe}", *(f"  {part:{width}}  {'  '.join(fields)}" for part, fields in parts.items())]
+
+
+def arithmetic(plan: Plan, recipe: Recipe) -> list[str]:
+    """How batch, length and learning rate come about."""
+    optim = recipe.optim
+    processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
+    peak = f"{optim.lr_per_256_images:g} x {plan.global_batch} / 256 = {peak_lr(optim, plan.global_batch):.4g}"
+    epochs = f"{plan.num_steps / plan.steps_per_epoch:.4g} epochs of {plan.num_images} images"
+    return [
+        f"batch  {processes} x {plan.accumulate} x {plan.micro_batch} images = {plan.global_batch} a step",
+        f"length {plan.num_steps} steps = {epochs} ({plan.steps_per_epoch:.4g} steps each)",
+        f"lr     {peak} at its peak, after {optim.warmup_epochs:g} epochs",
+    ]
+
+
+def baselines(figures: dict[str, float]) -> str:
+    """What there is to beat."""
+    if not figures:
+        return "judge  no labels to judge with (--val): only the health of the features is measured\n"
+    names = {
+        "knn_untrained": "k-NN of the untrained encoder",
+        "knn_pixels": "k-NN of raw pixels",
+        "linear_untrained": "linear probe of the untrained encoder",
+    }
+    return f"before training: {', '.join(f'{names[key]} {value:.3f}' for key, value in figures.items())}\n"
+
+
+def summary(figures: dict[str, Any]) -> list[str]:
+    """What came of it."""
+    lines = [f"done: {figures['steps']} steps, {figures['images']} images in {figures['seconds']:.0f} s of training"]
+    for judge, name in (("knn", "k-NN"), ("linear", "linear probe")):
+        if figures.get(judge) is not None:
+            untrained = figures[f"{judge}_untrained"]
+            gain = f"{100 * (figures[judge] - untrained):+.1f} points over the untrained encoder's {untrained:.3f}"
+            pixels = f", raw pixels {figures['knn_pixels']:.3f}" if judge == "knn" else ""
+            lines.append(f"{name} {figures[judge]:.3f}: {gain}{pixels}")
+    export = figures["export"]
+    return [*lines, f'export {export}: timm.create_model("local-dir:{export}", pretrained=True)']
+
+
+def provenance() -> dict[str, Any]:
+    """What ran here: the command, the versions, and the commit if this is a checkout."""
+
+    def git(*words: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": (git("status", "--porcelain") or "").splitlines(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,0 +1,8 @@
+"""Tests share two cores with each other's worker processes: one thread each is faster, and the same everywhere."""
+
+import hypothesis
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("repeatable")

@@ -1,0 +1,158 @@
+"""DINO: the loss is its docstring's loop, the teacher only follows, parts of a batch add up to the whole."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from recipes_under_test import load_recipe
+
+from ssl_global.methods.dino import dino_loss
+from ssl_global.schedules import Progress
+
+START = Progress(step=0, num_steps=100, steps_per_epoch=10)
+LATER = Progress(step=50, num_steps=100, steps_per_epoch=10)
+
+
+def build():
+    recipe = load_recipe("dino", "demo", drop_path=0.0)
+    torch.manual_seed(0)
+    return recipe.method.build(recipe)
+
+
+def batch(num_images=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [32, 32, 16, 16, 16, 16]
+    return {"views": [torch.randn(num_images, 3, s, s, generator=generator) for s in sizes], "seed": None, "key": []}
+
+
+def part(whole, images):
+    return whole | {"views": [view[images] for view in whole["views"]]}
+
+
+def slow_loss(student, teacher, temp):
+    total, pairs = 0.0, 0
+    for g in range(len(teacher)):
+        for v in range(len(student)):
+            if v == g:
+                continue
+            log_p = torch.log_softmax(student[v].double() / temp, -1)
+            total += -(teacher[g].double() * log_p).sum(-1).mean()
+            pairs += 1
+    return total / pairs
+
+
+@given(num_global=st.integers(1, 3), num_local=st.integers(0, 6), num_images=st.integers(1, 4), k=st.integers(2, 50))
+def test_loss_is_the_slow_loop(num_global, num_local, num_images, k):
+    if num_global + num_local < 2:
+        with pytest.raises(ValueError, match="different views"):
+            dino_loss(torch.zeros(1, 1, k), torch.zeros(1, 1, k), student_temp=0.1)
+        return
+    generator = torch.Generator().manual_seed(k)
+    student = torch.randn(num_global + num_local, num_images, k, generator=generator, requires_grad=True)
+    teacher = (5 * torch.randn(num_global, num_images, k, generator=generator)).softmax(-1)
+    fast, slow = dino_loss(student, teacher, student_temp=0.1), slow_loss(student, teacher, 0.1)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-5, abs=1e-6)
+    (gradient,) = torch.autograd.grad(fast, student)
+    (expected,) = torch.autograd.grad(slow, student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_float32_under_autocast():
+    student, teacher = torch.randn(4, 2, 8), torch.randn(2, 2, 8).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dino_loss(student, teacher, student_temp=0.1) == dino_loss(student, teacher, student_temp=0.1)
+        assert dino_loss(student.bfloat16(), teacher, student_temp=0.1).dtype == torch.float32
+
+
+def test_forward_is_the_paper_in_float64():
+    """Teacher softmax((t - c) / tau_t) on global views, student on all of them, against the two spelled out."""
+    dino, views = build(), batch()
+    dino.centre.normal_(std=0.1)
+    dino.begin_step(LATER)
+    output = dino(views, LATER)
+    teacher = torch.stack([dino.teacher.head(dino.teacher.encoder(v).summary) for v in views["views"][:2]]).double()
+    student = torch.stack([dino.student.head(dino.student.encoder(v).summary) for v in views["views"]]).double()
+    targets = ((teacher - dino.centre.double()) / 0.04).softmax(-1)
+    assert output["loss"].item() == pytest.approx(slow_loss(student, targets, 0.1).item(), rel=1e-4)
+    entropy = -(targets * targets.log()).sum(-1).mean()
+    assert output["teacher_entropy_share"].item() == pytest.approx(entropy.item() / math.log(1024), rel=1e-4)
+    assert output["teacher_kl"].item() == pytest.approx(output["loss"].item() - entropy.item(), rel=1e-3)
+
+
+def test_gradients_reach_all_of_the_student_and_none_of_the_teacher():
+    dino = build()
+    dino.begin_step(LATER)
+    dino(batch(), LATER)["loss"].backward()
+    assert [n for n, p in dino.student.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None and not p.requires_grad for p in dino.teacher.parameters())
+
+
+def test_prototypes_are_frozen_in_the_first_epoch_only():
+    for progress, frozen in ((START, True), (Progress(step=9, num_steps=100, steps_per_epoch=10), True), (LATER, False)):
+        dino = build()
+        dino.begin_step(progress)
+        dino(batch(), progress)["loss"].backward()
+        dino.gradients_done(progress)
+        assert (dino.student.head.prototypes.weight.grad is None) == frozen
+
+
+def test_teacher_and_centre_move_as_the_paper_says():
+    dino, views = build(), batch()
+    with torch.no_grad():
+        for parameter in dino.student.parameters():
+            parameter.add_(0.1)
+    before = copy.deepcopy(dino.teacher.state_dict())
+    with torch.no_grad():
+        logits = dino.teacher(views["views"][:2])
+    dino.begin_step(LATER)
+    dino(views, LATER)
+    dino.after_step(LATER)
+    momentum = 1 - (1 - 0.99) * (math.cos(math.pi * 0.5) + 1) / 2
+    student = dino.student.state_dict()
+    for name, tensor in dino.teacher.state_dict().items():
+        torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
+    torch.testing.assert_close(dino.centre, 0.1 * logits.mean(0))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Loss, gradient and centre: four images at once, or two and two."""
+    whole, parted, views = build(), build(), batch(4)
+    whole.begin_step(LATER)
+    loss = whole(views, LATER)["loss"]
+    loss.backward()
+    whole.after_step(LATER)
+    parted.begin_step(LATER)
+    losses = []
+    for images in (slice(0, 2), slice(2, 4)):
+        losses.append(parted(part(views, images), LATER)["loss"] / 2)
+        losses[-1].backward()
+    parted.after_step(LATER)
+    assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(parted.centre, whole.centre)
+    for mine, theirs in zip(whole.student.parameters(), parted.student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_step_leaves_nothing_behind():
+    dino = build()
+    dino.begin_step(LATER)
+    dino(batch(seed=1), LATER)  # this step is skipped: no after_step
+    dino.begin_step(LATER)
+    dino(batch(seed=2), LATER)
+    dino.after_step(LATER)
+    other = build()
+    other.begin_step(LATER)
+    other(batch(seed=2), LATER)
+    other.after_step(LATER)
+    assert torch.equal(dino.centre, other.centre)
+
+
+def test_logits_are_cosines():
+    dino = build()
+    features, weight = torch.randn(5, 128), dino.student.head.prototypes.weight
+    narrow = dino.student.head.mlp(features)
+    expected = torch.nn.functional.cosine_similarity(narrow[:, None], weight[None], dim=-1)
+    torch.testing.assert_close(dino.student.head(features), expected)

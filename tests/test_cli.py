@@ -1,0 +1,190 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ssl_global import cli
+from ssl_global.encoders.vit import Vit, VitConfig
+from ssl_global.export import export
+from ssl_global.methods.dino import DinoConfig
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Optim, Recipe, Train, Views
+from ssl_global.training import checkpoint
+
+ENCODER = VitConfig(patch=8, width=48, depth=2, heads=3)
+RECIPE = Recipe(
+    data=Data(),
+    views=Views(globals=Crops(count=2, pixels=32)),
+    encoder=ENCODER,
+    method=DinoConfig(prototypes=8, head_hidden=16, head_bottleneck=8),
+    optim=Optim(lr_per_256_images=1e-3, warmup_epochs=0, weight_decay=(0.05, 0.05)),
+    train=Train(steps=10, global_batch=8),
+    eval=Eval(every=10),
+    checkpoint=Checkpoint(every=10),
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    encoder = Vit(ENCODER, pixels=32, channels=3)
+    return str(export(encoder, tmp_path_factory.mktemp("run") / "export", recipe=RECIPE, summary={}, what="encoder"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """train and val of two classes that anyone can tell apart: dark and bright noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for label, low in (("dark", 0), ("bright", 155)):
+            (folder / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(low, low + 100, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / label / f"{number}.png")
+    return folder
+
+
+def run(*arguments):
+    cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The line on stderr of a command that ends with code 2."""
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("judge", ["knn", "linear"])
+def test_evaluate_an_export(judge, backbone, pictures, tmp_path, capsys):
+    figures_file = tmp_path / "figures.json"
+    run(
+        *("evaluate", judge, backbone, "--train", pictures / "train", "--val", pictures / "val"),
+        *("--confusion", "--json", figures_file, "--device", "cpu", "--workers", "0"),
+    )
+    figures = json.loads(figures_file.read_text())
+    assert figures[judge] == 1.0
+    assert figures["confusion"] == [[6, 0], [0, 6]]
+    assert figures["classes"] == ["bright", "dark"]
+    assert figures["width"] == 48
+    said = capsys.readouterr().out
+    assert "24 training images, judged on 12 of val" in said
+    assert "dark" in said
+    assert ("knn_pixels" if judge == "knn" else "best_lr") in said
+
+
+def test_without_training_images_half_of_val_is_learnt_from(backbone, pictures, capsys):
+    run("evaluate", "knn", backbone, "--val", pictures / "val", "--device", "cpu", "--workers", "0")
+    assert "no training labels: 6 images of val" in capsys.readouterr().out
+
+
+def test_evaluate_an_untrained_timm_model(pictures, tmp_path):
+    figures = []
+    for number in range(2):
+        file = tmp_path / f"{number}.json"
+        data = ("--train", pictures / "train", "--val", pictures / "val")
+        run("evaluate", "knn", "test_vit", *data, "--json", file, "--device", "cpu", "--workers", "0")
+        figures.append(json.loads(file.read_text()))
+    assert figures[0] == figures[1]
+    assert figures[0]["pixels"] == 160
+    assert "confusion" not in figures[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate", "knn", "vit_smal_patch16_224"), "nearest are vit_small_patch16_224"),
+        (("evaluate", "knn", "test_vit.no_such_tag"), "test_vit.no_such_tag: cannot be loaded"),
+        (("evaluate", "knn", "test_vit", "--train", "somewhere"), "--train needs --val"),
+        (("evaluate", "knn", "test_vit", "--what", "teacher"), "is no run folder"),
+        (("evaluate", "knn", "test_vit", "--device", "abacus"), "--device abacus"),
+        (("pack", "no/such/folder", "shards"), "no/such/folder"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, words, capsys):
+    line = refused(capsys, *arguments)
+    assert words in line
+    assert line.startswith("ssl-global: ")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "pack"),
+        (("evalute", "knn", "test_vit"), "evaluate"),
+        (("evaluate", "guess", "test_vit"), "guess"),
+        (("evaluate", "knn", "test_vit", "--batch", "many"), "many"),
+        (("evaluate", "knn", "test_vit", "--trian", "x"), "--train"),
+    ],
+)
+def test_what_cannot_be_parsed_ends_with_code_2(arguments, words, capsys):
+    assert words in refused(capsys, *arguments)
+
+
+@pytest.fixture
+def dino_run(tmp_path):
+    """A run with one checkpoint, whose teacher and student differ."""
+    method = RECIPE.method.build(RECIPE)
+    with torch.no_grad():
+        for parameter in method.backbones()["student"].parameters():
+            parameter += 0.1
+    optimizer = torch.optim.AdamW(method.parameters())
+    checkpoint.save(tmp_path / "run", method, optimizer, checkpoint.RunState(step=1), RECIPE, keep=2)
+    return tmp_path / "run", method.backbones()
+
+
+def test_export_a_run(dino_run, capsys):
+    folder, backbones = dino_run
+    (folder / "summary.json").write_text(json.dumps({"knn": 0.75}))
+    run("export", folder)
+    run("export", folder, "--what", "student")
+    said = capsys.readouterr().out
+    assert "the teacher, proven" in said
+    assert "the student, proven" in said
+    assert "| knn | 0.75 |" in (folder / "export" / "README.md").read_text()
+    for name, exported in (("teacher", "export"), ("student", "export-student")):
+        tensors = load_file(folder / exported / "model.safetensors")
+        assert torch.equal(tensors["norm.bias"], backbones[name].model.norm.bias)
+
+
+def test_evaluate_a_run(dino_run, pictures, capsys):
+    folder, _ = dino_run
+    where = ("--val", pictures / "val", "--device", "cpu", "--workers", "0")
+    run("evaluate", "knn", folder, *where)
+    run("evaluate", "knn", folder, "--what", "student", *where)
+    said = capsys.readouterr().out
+    assert "run (teacher)" in said
+    assert "run (student)" in said
+    assert "teacher and student" in refused(capsys, "evaluate", "knn", folder, "--what", "tutor", *where)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert "no checkpoint" in refused(capsys, "export", tmp_path)
+    assert "no checkpoint" in refused(capsys, "evaluate", "knn", tmp_path, "--device", "cpu")
+
+
+def test_pack_then_evaluate_shards(backbone, pictures, tmp_path, capsys):
+    run("pack", pictures / "val", tmp_path / "shards", "--shard-mb", "1")
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
+    assert shards
+    assert "12 images, 2 classes, 1 shards (1 written now)" in capsys.readouterr().out
+    assert "has shards already" in refused(capsys, "pack", tmp_path / "shards", tmp_path / "again")
+    run("evaluate", "knn", backbone, "--val", tmp_path / "shards" / "*.tar", "--device", "cpu", "--workers", "0")
+    assert "no training labels: 6 images of val" in capsys.readouterr().out
+
+
+def test_judging_and_exporting_import_nothing_that_trains():
+    program = "import sys, ssl_global.cli, ssl_global.evaluation.backbone, ssl_global.export;"
+    program += "print([m for m in sys.modules if m == 'accelerate' or m.startswith('ssl_global.training')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_by_default_there_is_a_device_that_works():
+    assert torch.ones(2, device=cli.device_named(None)).sum().item() == 2
