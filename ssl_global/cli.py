@@ -1,9 +1,9 @@
 """The command `ssl-global`: all that is done beside training.
 
-    ssl-global pack FOLDER SHARDS           a folder of images into webdataset .tar shards
-    ssl-global export RUN                   a run's backbone into a folder that timm loads
-    ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
-    ssl-global evaluate linear BACKBONE
+ssl-global pack FOLDER SHARDS           a folder of images into webdataset .tar shards
+ssl-global export RUN                   a run's backbone into a folder that timm loads
+ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
+ssl-global evaluate linear BACKBONE
 """
 
 import json

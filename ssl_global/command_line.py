@@ -101,7 +101,8 @@ def one_length(recipe: Recipe, argv: list[str]) -> Recipe:
     epochs, steps = (option(argv, f"--train.{name}") is not None for name in ("epochs", "steps"))
     if epochs == steps:
         return recipe
-    return replace(recipe, train=replace(recipe.train, **{"steps" if epochs else "epochs": None}))
+    train = replace(recipe.train, steps=None) if epochs else replace(recipe.train, epochs=None)
+    return replace(recipe, train=train)
 
 
 def option(argv: list[str], name: str) -> str | None:

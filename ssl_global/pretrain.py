@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.models.vision_transformer import Block
+from torch.utils.data import DataLoader
 
 from ssl_global import command_line
 from ssl_global.command_line import Command
-from ssl_global.data.loader import loader
-from ssl_global.data.order import batches
+from ssl_global.data.loader import loader, serving
+from ssl_global.data.order import batches as batches_of
 from ssl_global.data.sample import built_in_sample
 from ssl_global.data.source import Source, open_source
 from ssl_global.errors import UserError, wrong
@@ -78,11 +79,13 @@ def pretrain(command: Command, overridden: dict[str, object]) -> None:
     out = command.out
     log = MetricsLog(accelerator, out, start_step=state.step, settings=as_json(recipe))
     bad_samples = BadSamples(out / "bad_samples.jsonl", len(train_data), recipe.data.max_bad_fraction)
-    with Display(plan.num_steps, start_step=state.step, visible=accelerator.is_main_process) as display:
+    with (
+        serving(load_from(state, plan, recipe, train_data, accelerator)) as batches,
+        Display(plan.num_steps, start_step=state.step, visible=accelerator.is_main_process) as display,
+    ):
         run = Run(
             recipe=recipe, plan=plan, accelerator=accelerator, method=method, model=model, optimizer=optimizer,
-            batches=load_from(state, plan, recipe, train_data, accelerator),
-            state=state, judge=judge, log=log, display=display, bad_samples=bad_samples, save=save,
+            batches=batches, state=state, judge=judge, log=log, display=display, bad_samples=bad_samples, save=save,
         )  # fmt: skip
         stopped_by = train(run)
         if stopped_by is None:
@@ -182,14 +185,16 @@ def resume(
     return state
 
 
-def load_from(state: RunState, plan: Plan, recipe: Recipe, data: Source, accelerator: Accelerator) -> Any:
-    positions = batches(
+def load_from(
+    state: RunState, plan: Plan, recipe: Recipe, data: Source, accelerator: Accelerator
+) -> DataLoader[dict[str, Any]]:
+    positions = batches_of(
         start_step=state.step, num_steps=plan.num_steps, global_batch=plan.global_batch, micro_batch=plan.micro_batch,
         process=accelerator.process_index, num_processes=plan.num_processes,
     )  # fmt: skip
     here = max(1, torch.cuda.device_count()) if accelerator.device.type == "cuda" else plan.num_processes
     pin = accelerator.device.type == "cuda"
-    return loader(data, recipe, list(positions), processes_here=min(here, plan.num_processes), pin=pin)
+    return loader(data, recipe, positions, processes_here=min(here, plan.num_processes), pin=pin)
 
 
 # --------------------------------------------------------------------------------------------------------- after a run

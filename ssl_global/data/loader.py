@@ -4,19 +4,20 @@ A sample that cannot be read is replaced by the next one that can, the same on e
 batch, so that the run can count it, log it, and stop when there are too many.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from ssl_global.data.decode import BadImage, decode
-from ssl_global.data.source import Source
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.order import Order
 from ssl_global.data.randomness import VIEWS, stream
+from ssl_global.data.source import Source
 from ssl_global.data.views import cut, draw, paint
 from ssl_global.recipe import Data, Recipe, Views
 
@@ -97,12 +98,26 @@ def loader(
     order = Order(len(source), recipe.seed)
     return DataLoader(
         Samples(source, order, recipe.views, recipe.data.channels),
-        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of lists does
+        batch_sampler=positions,  # any iterable of lists does
         collate_fn=collate,
         num_workers=num_workers(recipe.data, processes_here),
         worker_init_fn=outlive_signals,
         pin_memory=pin,
     )
+
+
+@contextlib.contextmanager
+def serving(batches: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The loader's batches; its workers are gone when this ends, however it ends.
+
+    They ignore signals, and an error's traceback would keep the iterator, and so the workers, alive for ever.
+    """
+    iterator = iter(batches)
+    try:
+        yield iterator
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 def num_workers(data: Data, processes_here: int) -> int:

@@ -46,7 +46,7 @@ class VitConfig(EncoderConfig):
             raise wrong("encoder.registers", self.registers, "0 or more")
         in_range("encoder.drop_path", self.drop_path, 0, 0.999)
         width = self.width or named.embed_dim
-        heads = self.heads or named.blocks[0].attn.num_heads
+        heads = self.heads or named_heads(named)
         if width % heads:
             fit = [n for n in range(1, width + 1) if width % n == 0]
             nearest = min(fit, key=lambda n: (abs(n - heads), n))
@@ -84,6 +84,12 @@ def named_model(name: str) -> VisionTransformer:
     return model
 
 
+def named_heads(model: VisionTransformer) -> int:
+    heads = model.get_submodule("blocks.0.attn").num_heads
+    assert isinstance(heads, int)
+    return heads
+
+
 class Vit(Encoder):
     """See `Encoder`. Built for square images of `pixels`; at other sizes the positions are resampled."""
 
@@ -105,9 +111,9 @@ class Vit(Encoder):
             "dynamic_img_size": True,
             "dynamic_img_pad": True,
         }
-        self.model: VisionTransformer = timm.create_model(
-            config.name, num_classes=0, drop_path_rate=config.drop_path, **self.model_args
-        )
+        model = timm.create_model(config.name, num_classes=0, drop_path_rate=config.drop_path, **self.model_args)
+        assert isinstance(model, VisionTransformer)
+        self.model: VisionTransformer = model
         self.pixels, self.channels = pixels, channels
         self.width = self.model.embed_dim
         self.patch = self.model.patch_embed.patch_size[0]

@@ -1,6 +1,6 @@
 """Features of many images, computed once: what the k-NN, the linear probe and the health meters look at.
 
-    N  images    D  width of the features
+N  images    D  width of the features
 """
 
 import math
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from ssl_global.data.decode import BadImage, decode
-from ssl_global.data.source import Source
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_global.data.loader import num_workers, outlive_signals
+from ssl_global.data.decode import BadImage, decode
+from ssl_global.data.loader import num_workers, outlive_signals, serving
+from ssl_global.data.source import Source
 from ssl_global.data.views import normalise, plain_view
 from ssl_global.errors import UserError
 from ssl_global.recipe import Data
@@ -189,14 +189,9 @@ def batches(images: Images, *, batch: int, workers: int, device: torch.device) -
         pin_memory=device.type == "cuda",
         worker_init_fn=outlive_signals,
     )
-    iterator = iter(loader)
-    try:
-        for batch_images, readable in iterator:
+    with serving(loader) as served:
+        for batch_images, readable in served:
             yield batch_images, readable.to(torch.uint8)  # gloo gathers no bool
-    finally:
-        # Workers that ignore SIGTERM would outlive an error here: its traceback keeps the iterator alive.
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
 
 
 def num_processes() -> int:

@@ -4,9 +4,9 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from ssl_global.data.source import Source
 from torch import Tensor
 
+from ssl_global.data.source import Source
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.evaluation.features import Features, extract, pixel_features, split
 from ssl_global.evaluation.health import feature_std, rankme, verdicts
@@ -69,7 +69,7 @@ class Judge:
         assert self.val is not None
         settings = self.recipe.eval
         parts = split(features_of, self.train, self.val, bank_images=settings.bank_images)
-        figures = {"knn": knn(parts, neighbours=settings.knn_neighbours, temp=settings.knn_temp)}
+        figures = {"knn": knn(parts, neighbours=settings.knn_neighbours, temp=settings.knn_temp, device=self.device)}
         if final and settings.linear:
             figures["linear"] = linear(parts, device=self.device, seed=self.recipe.seed).top1
         return figures, parts.queries.x

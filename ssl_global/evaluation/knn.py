@@ -64,9 +64,7 @@ def knn_accuracy(
     return (answers == query_labels).float().mean().item()
 
 
-def knn(
-    split: Split, *, neighbours: int = 20, temp: float = 0.07, device: torch.device | None = None
-) -> float:
+def knn(split: Split, *, neighbours: int = 20, temp: float = 0.07, device: torch.device | None = None) -> float:
     """`knn_accuracy` of features that `ssl_global.evaluation.features.split` put side by side, computed on `device`."""
     return knn_accuracy(*(tensor.to(device) for tensor in split.tensors()), neighbours=neighbours, temp=temp)
 

@@ -96,7 +96,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{"student.encoder...weight/exp_avg": ...}: rates and betas are the recipe's, so tensors are all there is."""
-    names = {parameter: name for name, parameter in method.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in method.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value for parameter, kept in optimizer.state.items() for key, value in kept.items()
     }

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssl_global.data.loader import to_device
 from ssl_global.data.randomness import STEP, stream
@@ -40,7 +39,7 @@ class Run:
     method: Method  # the bare one: hooks, evaluation, checkpoints
     model: nn.Module  # the same, prepared by Accelerate: the only one whose forward is called in training
     optimizer: torch.optim.Optimizer
-    batches: DataLoader[dict[str, Any]]
+    batches: Iterator[dict[str, Any]]  # micro-batch by micro-batch, from the state's step on
     state: RunState
     judge: Judge
     log: MetricsLog
@@ -53,14 +52,13 @@ def train(run: Run) -> str | None:
     """Take all steps from `run.state.step` to the end. Returns the signal that ended it early, if one did."""
     recipe, plan, state, accelerator, method = run.recipe, run.plan, run.state, run.accelerator, run.method
     finite_steps, signals, meter = FiniteSteps(recipe.train.max_bad_steps), StopSignal(), Meter(plan.global_batch)
-    batches = iter(run.batches)
     run.model.train()
     while state.step < plan.num_steps:
         progress = Progress(step=state.step, num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch)
 
         # ---------------------------------------------------------------------------------------- one training step
         with meter.waiting():
-            micro_batches = list(islice(batches, plan.accumulate))
+            micro_batches = list(islice(run.batches, plan.accumulate))
         lr = set_rates(run.optimizer, recipe.optim, plan.global_batch, progress)
         seed_step(recipe.seed, state.step, accelerator.process_index)
         method.begin_step(progress)
@@ -119,7 +117,9 @@ def train(run: Run) -> str | None:
         if stop:
             break
     signals.restore()
-    return signals.received or ("a signal on another process" if state.step < plan.num_steps else None)
+    if state.step == plan.num_steps:
+        return None
+    return signals.received or "a signal on another process"
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -31,10 +31,10 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
     share = train.global_batch // num_processes
     micro_batch = min(train.micro_batch or share, share)
     if share % micro_batch:
-        fit = [n for n in range(1, share + 1) if share % n == 0]
-        right = min(fit, key=lambda n: (abs(n - micro_batch), n))
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        nearest = min(divisors, key=lambda n: (abs(n - micro_batch), n))
         raise wrong(
-            "train.micro_batch", micro_batch, f"does not divide a process's share of the batch, {share}; {right} does"
+            "train.micro_batch", micro_batch, f"does not divide a process's share of the batch, {share}; {nearest} does"
         )
     return Plan(
         num_images=num_images,
