@@ -128,7 +128,8 @@ def flush(path: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The committed ones, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
 def newest(run: Path) -> tuple[Path, dict[str, Any], list[str]] | None:

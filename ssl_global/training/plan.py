@@ -22,7 +22,8 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
     train = recipe.train
     steps_per_epoch = num_images / train.global_batch
     num_steps = train.steps or max(round((train.epochs or 0) * steps_per_epoch), 1)
-    recipe.check_durations(num_steps / steps_per_epoch)
+    if train.steps is not None:
+        recipe.check_durations(num_steps / steps_per_epoch)
     if train.global_batch % num_processes:
         right = nearest_multiples(train.global_batch, num_processes)
         raise wrong(

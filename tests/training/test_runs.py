@@ -43,7 +43,7 @@ def test_a_run_learns_and_leaves_all_that_it_promises(method, run, tmp_path, pho
         "knn",
         "knn_untrained",
     }
-    assert needed | {"knn_pixels", "export"} <= summary.keys()
+    assert needed | {"knn_untrained", "knn_pixels", "export"} <= summary.keys()
     assert summary["steps"] == 8
     assert summary["images"] == 96
     assert summary["peak_memory"] > 1e8

@@ -1,0 +1,48 @@
+"""Twenty steps of each demo give the losses that are written down: what should not compute differently does not.
+
+After a change that should, `python tests/training/test_golden.py` writes them anew; say so in the commit.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_global.command_line import recipe_files
+from ssl_global.data.sample import built_in_sample
+from ssl_global.pretrain import main
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+STEPS = 20
+
+
+def twenty_losses(name: str, out: Path) -> list[float]:
+    train, _ = built_in_sample()
+    words = [
+        f"--recipe={name}:demo", f"--data={train}", f"--out={out}", "--device=cpu", f"--train.steps={STEPS}",
+        "--optim.warmup-epochs=0.1", "--log.every=1", "--eval.every=1000", "--checkpoint.every=1000",
+        "--data.workers=0", "--log-with",
+    ]  # fmt: skip
+    if name.startswith("dino"):
+        words.insert(-1, "--method.freeze-prototypes-epochs=0.1")
+    main(words)
+    return [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+
+
+@pytest.mark.parametrize("name", list(recipe_files()))
+def test_losses_are_golden(name, tmp_path):
+    """To 1 in 1000: processors differ in the last digits, and twenty steps let them grow."""
+    golden = json.loads(GOLDEN.read_text())
+    assert golden.keys() == recipe_files().keys()
+    found = twenty_losses(name, tmp_path / "run")
+    assert found == pytest.approx(golden[name], rel=1e-3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        golden = {name: twenty_losses(name, Path(folder, name)) for name in sys.argv[1:] or recipe_files()}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
