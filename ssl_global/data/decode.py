@@ -33,9 +33,9 @@ class BadImage(Exception):  # noqa: N818 - no error of the program: such a sampl
 def decode(data: bytes, channels: int) -> Tensor:
     """The image in `data`, uint8 (channels, H, W), 0..255; `channels` is 3 (colour) or 1 (grey).
 
-    EXIF orientation is applied, transparency lies on white, 16-bit grey is scaled (65535 -> 255), an animation gives its
-    first frame. Raises BadImage for all that cannot be read whole, has more than MAX_PIXELS, or whose numbers have no
-    defined range (float and 32-bit images).
+    EXIF orientation is applied, transparency lies on white, 16-bit grey is scaled (65535 -> 255), an animation gives
+    its first frame. Raises BadImage for all that cannot be read whole, has more than MAX_PIXELS, or whose numbers have
+    no defined range (float and 32-bit images).
     """
     assert channels in (1, 3), channels
     try:

@@ -1,8 +1,8 @@
 """Webdataset .tar shards: where each sample lies in them, and how they are written.
 
-A sample is the members of one name up to the first dot of its last part: 0007.jpg and 0007.cls. Only headers are read to
-find them. Python's tarfile takes a damaged header for the end of the archive, so a damaged shard would be silently short:
-here each shard must end with the two zero blocks that the format demands, and be as long as its headers say.
+A sample is the members of one name up to the first dot of its last part: 0007.jpg and 0007.cls. Only headers are read
+to find them. Python's tarfile takes a damaged header for the end of the archive, so a damaged shard would be silently
+short: here each must end with the two zero blocks that the format demands, and be as long as its headers say.
 """
 
 import json
@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import webdataset
 from rich.progress import Progress
@@ -63,7 +63,7 @@ def index_shard(shard: Path) -> list[Member]:
     return [Member(key, image.offset_data, image.size, labels.get(key)) for key, image in images.items()]
 
 
-def members(shard: Path, file: "tarfile._Fileobj") -> Iterator[tarfile.TarInfo]:  # type: ignore[name-defined]
+def members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular files of a shard, with harmless names; UserError unless it goes on to its very end mark."""
     size = shard.stat().st_size
     if size == 0:
@@ -80,7 +80,7 @@ def members(shard: Path, file: "tarfile._Fileobj") -> Iterator[tarfile.TarInfo]:
     check_end(shard, file, archive.offset, size)
 
 
-def check_end(shard: Path, file: "tarfile._Fileobj", end: int, size: int) -> None:  # type: ignore[name-defined]
+def check_end(shard: Path, file: BinaryIO, end: int, size: int) -> None:
     """The end mark is two zero blocks, and nothing but zeros follows."""
     file.seek(end)
     tail = file.read(1 << 20)  # ten thousand bytes of zeros are usual
@@ -93,17 +93,16 @@ def check_end(shard: Path, file: "tarfile._Fileobj", end: int, size: int) -> Non
 def read_label(shard: Path, member: tarfile.TarInfo, data: bytes) -> int | None:
     """The class in a .cls (a whole number as text) or .json ("label" or "cls"); None where a .json has neither."""
     try:
-        if member.name.lower().endswith(".cls"):
-            label = int(data)
-        else:
-            found = json.loads(data)
-            found = found if isinstance(found, dict) else {}
-            label = found.get("label", found.get("cls"))
+        label: object = int(data) if member.name.lower().endswith(".cls") else label_of(json.loads(data))
     except ValueError as error:
         raise UserError(f"{shard}: {member.name}: {data[:40]!r} is no class; a whole number would be right") from error
-    if label is not None and (not isinstance(label, int) or label < 0):
-        raise UserError(f"{shard}: {member.name}: the class {label!r} is not a whole number, 0 or more")
-    return label
+    if label is None or (isinstance(label, int) and label >= 0):
+        return label
+    raise UserError(f"{shard}: {member.name}: the class {label!r} is not a whole number, 0 or more")
+
+
+def label_of(content: object) -> object:
+    return content.get("label", content.get("cls")) if isinstance(content, dict) else None
 
 
 def class_names(folder: Path) -> list[str] | None:
@@ -135,9 +134,9 @@ class Packed:
 def pack(source: "FolderSource", out: Path, *, shard_bytes: int, name: str = "images") -> Packed:
     """Write a folder's images into shards of about `shard_bytes`: OUT/NAME-000000.tar, ..., and classes.json.
 
-    Files are copied as they are. The plan (which file goes where) is a function of the folder, and a shard gets its name
-    only when it is whole: after a stop the same call goes on, and the bytes are the same. Raises UserError if OUT was
-    begun with other images or another size.
+    Files are copied as they are. The plan (which file goes where) is a function of the folder, and a shard gets its
+    name only when it is whole: after a stop the same call goes on, and the bytes are the same. Raises UserError if OUT
+    was begun with other images or another size.
     """
     out.mkdir(parents=True, exist_ok=True)
     shards = plan(source, shard_bytes)

@@ -91,7 +91,8 @@ def test_gradients_reach_all_of_the_student_and_none_of_the_teacher():
 
 
 def test_prototypes_are_frozen_in_the_first_epoch_only():
-    for progress, frozen in ((START, True), (Progress(step=9, num_steps=100, steps_per_epoch=10), True), (LATER, False)):
+    end_of_epoch = Progress(step=9, num_steps=100, steps_per_epoch=10)
+    for progress, frozen in ((START, True), (end_of_epoch, True), (LATER, False)):
         dino = build()
         dino.begin_step(progress)
         dino(batch(), progress)["loss"].backward()
