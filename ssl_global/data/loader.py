@@ -19,6 +19,7 @@ from ssl_global.data.order import Order
 from ssl_global.data.randomness import VIEWS, stream
 from ssl_global.data.source import Source
 from ssl_global.data.views import cut, draw, paint
+from ssl_global.errors import UserError
 from ssl_global.recipe import Data, Recipe, Views
 
 REPLACEMENTS = 8  # samples tried in place of a bad one before the data as a whole is called bad (ours)
@@ -70,7 +71,7 @@ def read_or_replace(source: Source, sample: int, channels: int) -> tuple[Tensor 
         used = (sample + tried) % len(source)
         try:
             return decode(source.read(used), channels), used, bad
-        except (BadImage, OSError) as error:
+        except (BadImage, UserError) as error:  # of the image, of its shard
             bad.append((source.key(used), str(error)))
     return None, used, bad
 

@@ -175,7 +175,7 @@ class Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         try:
             image = decode(self.source.read(int(self.indices[position])), self.channels)
-        except (BadImage, OSError):
+        except (BadImage, UserError):
             return torch.zeros(self.channels, self.pixels, self.pixels, dtype=torch.uint8), 0
         return plain_view(image, self.pixels), 1
 

@@ -1,4 +1,4 @@
-"""Decoding: every kind of image that people have, against Pillow or against its own pixels, and every kind that is bad."""
+"""Decoding: every kind of image that people have, against Pillow or against its own pixels, and all that is bad."""
 
 import io
 import pickle
@@ -67,7 +67,8 @@ def test_one_pixel(channels: int) -> None:
 
 
 def test_one_bit_is_black_and_white() -> None:
-    assert torch.equal(decode(encoded(Image.fromarray(GREY > 128), "PNG"), 3), expected((GREY > 128).astype(np.uint8) * 255))
+    pixels = np.where(GREY > 128, 255, 0).astype(np.uint8)
+    assert torch.equal(decode(encoded(Image.fromarray(GREY > 128), "PNG"), 3), expected(pixels))
 
 
 def test_palette() -> None:
@@ -90,7 +91,8 @@ def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
 def test_transparent_16_bit_grey_is_white() -> None:
     data = encoded(Image.fromarray(np.array([[300, 40000]], dtype=np.uint16)), "PNG")
     head = 8 + 25  # signature and IHDR
-    assert decode(data[:head] + png_chunk(b"tRNS", struct.pack(">H", 300)) + data[head:], 1).flatten().tolist() == [255, 156]
+    data = data[:head] + png_chunk(b"tRNS", struct.pack(">H", 300)) + data[head:]
+    assert decode(data, 1).flatten().tolist() == [255, 156]
 
 
 def test_transparency_lies_on_white() -> None:
@@ -152,7 +154,7 @@ def test_numbers_without_a_range_are_bad(mode: str) -> None:
         decode(encoded(Image.new(mode, (4, 4)), "TIFF"), 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"this is no image", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_what_is_no_image_is_bad(data: bytes) -> None:
     with pytest.raises(BadImage, match=f"{len(data)} bytes that are no JPEG, PNG"):
         decode(data, 3)
@@ -168,7 +170,7 @@ def test_truncated_is_bad(kind: str) -> None:
 def test_bomb_is_bad_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     side = int(MAX_PIXELS**0.5) + 1  # above what Pillow warns of, below what it refuses
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b""))
     monkeypatch.setattr(decode_module, "upright", lambda image: pytest.fail("was decoded"))
     with pytest.raises(BadImage, match=f"{side} x {side} pixels, more than"):
         decode(bomb, 3)
@@ -194,8 +196,7 @@ def test_damage_is_bad_image_or_an_image_and_nothing_else(data: st.DataObject) -
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
         pixels = decode(bytes(raw), 3)
-    except BadImage as error:
-        assert "\n" not in str(error)
-    else:
-        assert pixels.dtype == torch.uint8
-        assert pixels.shape[0] == 3
+    except BadImage:
+        return
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape[0] == 3
