@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -66,7 +67,7 @@ def recipe_files() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.py"))}
 
 
-def find(spec: str, *, default: str) -> tuple[Path, str, Callable[[], Recipe]]:
+def find(spec: str, *, default: str = "recipe") -> tuple[Path, str, Callable[[], Recipe]]:
     """(file, function name, function) of "dino", "dino:demo", "my/recipe.py" or "my/recipe.py:small"."""
     name, _, function = spec.partition(":")
     function = function or default
@@ -149,13 +150,9 @@ def tyro_parse(argv: list[str], default: Command) -> Command:
 
 def one_line(report: str, default: Command) -> str:
     """Of tyro's box: what is wrong, without the frame, and this recipe's value as an example of what would be right."""
-    lines = [line.strip("│ \t") for line in report.splitlines()]
-    paragraph = []
-    for line in lines:
-        if line.startswith(("─", "╰")):
-            break
-        if not line.startswith("╭"):
-            paragraph.append(line)
+    lines = [line.strip("│ ") for line in report.splitlines()[1:]]  # the first line is the box's title
+    rule = re.compile(r"[─╰╯-]+")
+    paragraph = itertools.takewhile(lambda line: not rule.fullmatch(line), itertools.dropwhile(rule.fullmatch, lines))
     text = " ".join(paragraph).removeprefix("Error parsing ")
     text = re.sub(r": no type matching (\S+) could be instantiated from \[(.*?)\].*", r" \2: not a \1", text)
     text = re.sub(r": could not convert string to float: (.*)", r" \1: not a number", text)

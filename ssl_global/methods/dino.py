@@ -39,10 +39,7 @@ class DinoConfig(MethodConfig):
     head_hidden: int = 2048  # width of the head's two hidden layers
     head_bottleneck: int = 256  # width that the prototypes live in
     student_temp: float = 0.1  # divides the student's logits
-    teacher_temp: tuple[float, float] = (
-        0.04,
-        0.04,
-    )  # divides the teacher's logits: at the start, and after its warm-up
+    teacher_temp: tuple[float, float] = (0.04, 0.04)  # divides the teacher's logits: at first, and after its warm-up
     teacher_temp_warmup_epochs: float = 0.0  # a straight line from the first to the second
     teacher_momentum: tuple[float, float] = (0.996, 1.0)  # at the first and at the last step, half a cosine between
     centre_momentum: float = 0.9  # of the teacher's mean logit

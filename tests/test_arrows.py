@@ -1,0 +1,72 @@
+"""Who may import whom. The arrows keep the house's floors apart; here they are read off the code."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "ssl_global").rglob("*.py"))
+NEUTRAL = {"errors", "recipe", "schedules"}  # know nothing of data, models or runs
+
+# room: the rooms of ssl_global that it may import, besides itself
+ALLOWED = {
+    "errors": set(),
+    "schedules": set(),
+    "recipe": {"errors", "encoders", "methods"},  # the two only for signatures
+    "attention": set(),
+    "data": NEUTRAL,
+    "encoders": NEUTRAL | {"attention"},
+    "methods": NEUTRAL | {"encoders"},
+    "evaluation": NEUTRAL | {"data", "encoders", "methods"},
+    "export": NEUTRAL | {"encoders"},
+    "command_line": NEUTRAL,
+    "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "command_line"},
+}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(ROOT / "ssl_global").parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_imported(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(file) if name.startswith("ssl_global.")} - {room(file)}
+
+
+def test_arrows_run_down():
+    checked = [file for file in FILES if room(file) in ALLOWED]
+    print(f"{len(checked)} of {len(FILES)} files; the others are the ways in: pretrain, cli")
+    assert {room(file) for file in FILES} - ALLOWED.keys() <= {"pretrain", "cli", "__init__"}
+    wrong = {str(f.relative_to(ROOT)): rooms_imported(f) - ALLOWED[room(f)] for f in checked}
+    assert {file: rooms for file, rooms in wrong.items() if rooms} == {}
+
+
+def test_only_training_and_the_job_import_accelerate():
+    users = {room(file) for file in FILES if any(name.split(".")[0] == "accelerate" for name in imports(file))}
+    assert users == {"training", "pretrain"}
+
+
+def test_methods_know_neither_each_other_nor_the_loop_and_the_loop_names_none():
+    methods = {"mae", "dino"}
+    for name in methods:
+        found = imports(ROOT / "ssl_global" / "methods" / f"{name}.py")
+        assert not {n for n in found for other in methods - {name} if f"methods.{other}" in n}
+    for file in (ROOT / "ssl_global" / "training").glob("*.py"):
+        assert not {n for n in imports(file) for name in methods if f"methods.{name}" in n}
+
+
+def test_nothing_imports_recipes_or_tests():
+    for file in FILES:
+        assert not {name for name in imports(file) if name.split(".")[0] in ("recipes", "tests")}
+    recipes = list((ROOT / "recipes").glob("*.py"))
+    assert len(recipes) >= 2
+    for file in recipes:
+        assert {name.split(".")[0] for name in imports(file)} <= {"dataclasses", "ssl_global"}

@@ -1,0 +1,88 @@
+"""Every recipe is walked: it holds together, survives JSON, and no setting is read by nobody."""
+
+import ast
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from recipes_under_test import FUNCTIONS, load_recipe
+
+from ssl_global.command_line import parse, recipe_files
+from ssl_global.recipe import as_json, flatten, from_json
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_walk_finds_the_recipes():
+    print(f"{len(recipe_files())} recipes")
+    assert {"dino", "mae"} <= recipe_files().keys()
+
+
+@pytest.mark.parametrize(("name", "function"), FUNCTIONS)
+def test_a_recipe_holds_together_and_survives_json(name, function):
+    recipe = load_recipe(name, function)
+    recipe.check()
+    assert from_json(json.loads(json.dumps(as_json(recipe)))) == recipe
+    command, overridden = parse(["--recipe", f"{name}:{function}"])
+    assert command.settings == recipe
+    assert overridden == {}
+
+
+@pytest.mark.parametrize("name", list(recipe_files()))
+def test_a_recipe_says_what_how_and_where_its_numbers_are_from(name):
+    head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
+    for words in ("accelerate launch pretrain.py --recipe", "Expect", "Numbers", "https://arxiv.org/abs/"):
+        assert words in head, words
+
+
+def test_the_papers_numbers():
+    """A few of each, as the authors publish them."""
+    mae, dino = load_recipe("mae", "recipe"), load_recipe("dino", "recipe")
+    assert (mae.train.global_batch, mae.train.epochs, mae.optim.lr_per_256_images) == (4096, 800, 1.5e-4)
+    assert (mae.method.mask_ratio, mae.optim.betas, mae.optim.weight_decay) == (0.75, (0.9, 0.95), (0.05, 0.05))
+    assert (dino.train.global_batch, dino.train.epochs, dino.optim.lr_per_256_images) == (512, 100, 5e-4)
+    assert (dino.method.prototypes, dino.method.teacher_momentum) == (65_536, (0.996, 1.0))
+    assert (dino.views.globals.count, dino.views.locals.count) == (2, 8)
+    assert (dino.views.globals.blur, dino.views.globals.solarize) == ((1.0, 0.1), (0.0, 0.2))
+
+
+def config_fields(config):
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from config_fields(value)
+        else:
+            yield type(config).__name__, field.name
+
+
+def names_read(file: Path) -> set[str]:
+    """Attributes read outside of check functions, and names in strings handed to getattr."""
+    tree = ast.parse(file.read_text())
+    checks = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("check")
+        for node in ast.walk(function)
+    }
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in checks}
+
+
+def test_every_field_is_read_by_something():
+    files = list((ROOT / "ssl_global").rglob("*.py"))
+    read = set().union(*(names_read(file) for file in files))
+    known = {pair for name, function in FUNCTIONS for pair in config_fields(load_recipe(name, function))}
+    print(f"{len(known)} fields, {len(files)} files")
+    assert len(known) > 50
+    assert [f"{owner}.{name}" for owner, name in sorted(known) if name not in read] == []
+
+
+def test_every_field_has_a_help_text():
+    for name, function in FUNCTIONS:
+        for owner in {pair[0] for pair in config_fields(load_recipe(name, function))}:
+            source = "\n".join(file.read_text() for file in (ROOT / "ssl_global").rglob("*.py"))
+            (body,) = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == owner]
+            lines = source.splitlines()
+            for line in (lines[n.lineno - 1] for n in body.body if isinstance(n, ast.AnnAssign)):
+                assert "  # " in line or "field(default_factory" in line or owner == "Recipe", line
+    assert flatten(load_recipe("dino", "demo"))
