@@ -120,7 +120,8 @@ def option(argv: list[str], name: str) -> str | None:
 def refuse_unknown(argv: list[str], default: Command) -> None:
     own = [name for name in Command.__dataclass_fields__ if name != "settings"]
     known = {f"--{name}".replace("_", "-") for name in (*own, *flatten(default.settings))}
-    known |= {"--help", "--no-fresh", "--no-print"}
+    switches = [name for name, value in flatten(default.settings).items() if isinstance(value, bool)]
+    known |= {"--help"} | {off(name) for name in ("fresh", "print", *switches)}
     for word in argv:
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and flag.replace("_", "-") not in known:
@@ -128,6 +129,12 @@ def refuse_unknown(argv: list[str], default: Command) -> None:
             raise UserError(
                 f"{shown}: there is no such field{nearest(flag.replace('_', '-'), known)}; --help lists all"
             )
+
+
+def off(name: str) -> str:
+    """The option that turns a switch off: train.compile -> --train.no-compile."""
+    part, dot, field = name.rpartition(".")
+    return f"--{part}{dot}no-{field}".replace("_", "-")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

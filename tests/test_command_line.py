@@ -126,4 +126,5 @@ def test_what_was_changed_is_reported_and_lengths_exclude_each_other():
     assert (command.settings.train.steps, command.settings.train.epochs) == (7, None)
     assert parse(["--recipe", "dino:recipe", "--train.epochs", "20"])[0].settings.train.steps is None
     assert parse(["--recipe", "mae"])[0].recipe == "mae:demo"
+    assert parse(["--recipe", "mae", "--train.compile", "--eval.no-linear"])[0].settings.train.compile
     assert str(parse(["--recipe", "mae"])[0].out) == "runs/mae"
