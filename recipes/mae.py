@@ -49,14 +49,12 @@ def demo() -> Recipe:
     paper = recipe()
     return replace(
         paper,
-        views=Views(globals=replace(paper.views.globals, pixels=32, area=(0.3, 1.0))),
-        encoder=VitConfig(
-            name="vit_tiny_patch16_224", patch=4, width=128, depth=4, heads=4, positions="sincos", pool="avg"
-        ),
+        views=Views(globals=replace(paper.views.globals, pixels=32)),
+        encoder=VitConfig(name="vit_tiny_patch16_224", patch=4, depth=3, positions="sincos", pool="avg"),
         method=MaeConfig(decoder_width=64, decoder_depth=2, decoder_heads=4),
-        optim=replace(paper.optim, lr_per_256_images=4e-3, warmup_epochs=5),
-        train=Train(epochs=60, global_batch=64),
-        eval=Eval(every=705, linear=True),
+        optim=replace(paper.optim, lr_per_256_images=2e-3, warmup_epochs=2),
+        train=Train(epochs=20, global_batch=64),
+        eval=Eval(every=234, linear=True),
         log=Log(every=20),
         checkpoint=Checkpoint(every=200),
     )

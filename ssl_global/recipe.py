@@ -61,8 +61,8 @@ class Crops:
     solarize: tuple[float, ...] = (0.0,)  # probability: one for all crops, or one for each
 
     def check(self, name: str) -> None:
-        if self.pixels < 1:
-            raise wrong(f"{name}.pixels", self.pixels, "at least 1")
+        if self.pixels < 2:  # torch's uint8 resize cannot make 1 x 1
+            raise wrong(f"{name}.pixels", self.pixels, "at least 2")
         low, high = self.area
         if not 0 < low <= high <= 1:
             raise wrong(f"{name}.area", self.area, "two shares of the image, 0 < smallest <= largest <= 1")
