@@ -40,7 +40,7 @@ WRONG = [
         "--recipe dino --method.freeze-prototypes-epochs 99",
         "method.freeze_prototypes_epochs = 99.0: longer than",
     ),
-    ("--recipe dino --encoder.heads 7", "encoder.heads = 7: does not divide the width, 128; 8 would"),
+    ("--recipe dino --encoder.heads 7", "encoder.heads = 7: does not divide the width, 192; 6 would"),
     ("--recipe mae --method.decoder-heads 7", "method.decoder_heads = 7: must divide method.decoder_width = "),
     ("--recipe dino --encoder.name resnet50", "encoder.name = resnet50: not a vit_* of timm"),
     ("--recipe dino --train.steps 5 --train.epochs 5", "give train.epochs or train.steps"),
