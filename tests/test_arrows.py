@@ -33,6 +33,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are written in full here, `from ssl_global...`"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -64,9 +65,16 @@ def test_methods_know_neither_each_other_nor_the_loop_and_the_loop_names_none():
 
 
 def test_nothing_imports_recipes_or_tests():
-    for file in FILES:
-        assert not {name for name in imports(file) if name.split(".")[0] in ("recipes", "tests")}
     recipes = list((ROOT / "recipes").glob("*.py"))
+    tests = list((ROOT / "tests").rglob("*.py"))
+    print(f"{len(FILES)} files of the package, {len(recipes)} recipes, {len(tests)} of tests")
+    assert len(FILES) >= 40
     assert len(recipes) >= 2
+    assert len(tests) >= 25
+    for file in [*FILES, *recipes, *tests, ROOT / "pretrain.py"]:
+        assert not {name for name in imports(file) if name.split(".")[0] in ("recipes", "tests")}, file
+    helpers = {file.stem for file in tests}  # of tests, by their bare name: pytest has their folder on the path
+    for file in FILES:
+        assert not {name for name in imports(file) if name.split(".")[0] in helpers}, file
     for file in recipes:
         assert {name.split(".")[0] for name in imports(file)} <= {"dataclasses", "ssl_global"}

@@ -43,8 +43,9 @@ def test_it_holds_the_recipes_and_no_tests(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_trains_and_exports_from_an_empty_folder(wheel, tmp_path):
-    site, desk = tmp_path / "site", tmp_path / "desk"
+def test_it_trains_and_exports_from_an_empty_folder(wheel, tmp_path, tmp_path_factory):
+    assert "accelerate launch -m ssl_global.pretrain --recipe dino" in (ROOT / "README.md").read_text()
+    site, desk, cache = tmp_path / "site", tmp_path / "desk", tmp_path_factory.getbasetemp() / "cache"
     desk.mkdir()
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], cwd=desk)
     where = [sys.executable, "-c", "import ssl_global.command_line as c; print(c.__file__, c.recipe_files()['dino'])"]
@@ -54,6 +55,6 @@ def test_it_trains_and_exports_from_an_empty_folder(wheel, tmp_path):
         "--train.steps=2", "--optim.warmup-epochs=0", "--method.freeze-prototypes-epochs=0", "--train.global-batch=8",
         "--data.workers=0", "--device=cpu", "--log-with",
     ]  # fmt: skip
-    said = run(job, cwd=desk, PYTHONPATH=str(site), OMP_NUM_THREADS="1")
+    said = run(job, cwd=desk, PYTHONPATH=str(site), OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(cache))
     assert "done: 2 steps" in said
     assert (desk / "runs" / "dino" / "export" / "model.safetensors").exists()
