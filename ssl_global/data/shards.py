@@ -35,6 +35,7 @@ KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".cls", ".json"))
 BLOCK = 512  # bytes: a header is one, contents are padded to whole ones
 REGULAR = (b"0", b"\0", b"7")
 WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: nothing follows them
+MAX_LABEL = 2**31 - 1  # (ours)
 MAX_TEXT_BYTES = 2**20  # of a label or of an extended header (ours)
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal (ours)
 
@@ -210,7 +211,9 @@ def read_label(path: str, file: int, parts: dict[str, Member]) -> int | None:
         try:
             label = int(written)
         except ValueError:
-            raise UserError(f"{path}: {member.name} holds {text(written[:20])!r}; a label is a whole number") from None
+            label = MAX_LABEL + 1
+        if label > MAX_LABEL:
+            raise UserError(f"{path}: {member.name} holds {text(written[:20])!r}; a label is a whole number below 2**31")
         return label if label >= 0 else None
     if (member := parts.get(".json")) and member.size <= MAX_TEXT_BYTES:
         return label_in_json(os.pread(file, member.size, member.offset))
@@ -223,7 +226,7 @@ def label_in_json(raw: bytes) -> int | None:
     except (ValueError, RecursionError):
         return None
     label = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
-    return label if type(label) is int and label >= 0 else None  # True would be an int too
+    return label if type(label) is int and 0 <= label <= MAX_LABEL else None  # True would be an int too
 
 
 def read_classes(folder: str, labels: np.ndarray) -> list[str] | None:

@@ -153,7 +153,7 @@ def test_a_skipped_step_leaves_nothing_behind():
 
 def test_logits_are_cosines():
     dino = build()
-    features, weight = torch.randn(5, 128), dino.student.head.prototypes.weight
+    features, weight = torch.randn(5, 192), dino.student.head.prototypes.weight
     narrow = dino.student.head.mlp(features)
     expected = torch.nn.functional.cosine_similarity(narrow[:, None], weight[None], dim=-1)
     torch.testing.assert_close(dino.student.head(features), expected)

@@ -62,7 +62,7 @@ def test_hidden_patches_do_not_reach_the_encoder():
     images = torch.randn(4, 3, 32, 32, requires_grad=True)
     hidden = random_hidden(torch.arange(4), (8, 8), 0.75)
     tokens = mae.encoder(images, hidden)
-    assert tokens.patches.shape == (4, 16, 128)
+    assert tokens.patches.shape == (4, 16, 192)
     (tokens.patches.sum() + tokens.summary.sum()).backward()
     pixels_hidden = hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(images)
     assert images.grad[pixels_hidden].abs().max() == 0

@@ -29,7 +29,8 @@ def twenty_losses(name: str, out: Path) -> list[float]:
     if name.startswith("dino"):
         words.insert(-1, "--method.freeze-prototypes-epochs=0.1")
     main(words)
-    return [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
 @pytest.mark.parametrize("name", list(recipe_files()))
