@@ -213,7 +213,9 @@ def read_label(path: str, file: int, parts: dict[str, Member]) -> int | None:
         except ValueError:
             label = MAX_LABEL + 1
         if label > MAX_LABEL:
-            raise UserError(f"{path}: {member.name} holds {text(written[:20])!r}; a label is a whole number below 2**31")
+            raise UserError(
+                f"{path}: {member.name} holds {text(written[:20])!r}; a label is a whole number below 2**31"
+            )
         return label if label >= 0 else None
     if (member := parts.get(".json")) and member.size <= MAX_TEXT_BYTES:
         return label_in_json(os.pread(file, member.size, member.offset))
