@@ -47,11 +47,11 @@ def pretrain(command: Command, overridden: dict[str, object]) -> None:
     assert command.out is not None
     accelerator = start_processes(command)
     say = print if accelerator.is_main_process else (lambda *_: None)
+    train_data, val_data = open_data(command, accelerator)  # first: a wrong path must not touch the run folder
     found = open_run(command, accelerator)
     if found and (command.out / "summary.json").exists():
         say(f"{command.out} is finished: {command.out / 'export'} is its export; --fresh begins anew")
         return
-    train_data, val_data = open_data(command, accelerator)
     plan = plan_run(recipe, num_images=len(train_data), num_processes=accelerator.num_processes)
     lines = [*report.resolved(command, overridden), f"data   {train_data.describe()}", *report.arithmetic(plan, recipe)]
     say("\n".join([*lines, f"device {accelerator.device}", ""]))

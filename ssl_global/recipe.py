@@ -8,6 +8,7 @@ Where the data lies and where the results go are not part of a recipe: they are 
 """
 
 import importlib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -246,6 +247,10 @@ class Recipe:
 
     def check(self) -> None:
         """Raises UserError, with the field, its value and what would be right, for the first thing that cannot be."""
+        for name, value in flatten(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise wrong(name, value, "a finite number would be right")
         if not 0 <= self.seed < 2**63:
             raise wrong("seed", self.seed, "0 or more, below 2**63")
         for part in (self.data, self.views, self.optim, self.train, self.eval, self.log, self.checkpoint):

@@ -68,7 +68,7 @@ def test_nothing_imports_recipes_or_tests():
     recipes = list((ROOT / "recipes").glob("*.py"))
     tests = list((ROOT / "tests").rglob("*.py"))
     print(f"{len(FILES)} files of the package, {len(recipes)} recipes, {len(tests)} of tests")
-    assert len(FILES) >= 40
+    assert len(FILES) >= 39
     assert len(recipes) >= 2
     assert len(tests) >= 25
     for file in [*FILES, *recipes, *tests, ROOT / "pretrain.py"]:

@@ -213,10 +213,17 @@ def find_images(root: str, below: str = "", above: frozenset[str] = frozenset())
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from find_images(root, f"{below}{entry.name}/", above | {real})
         elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (size := file_size(entry)) is not None:
             yield below + entry.name, size
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def file_size(entry: os.DirEntry[str]) -> int | None:
