@@ -107,11 +107,19 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def plain_view(image: Tensor, pixels: int) -> Tensor:
     """What evaluation looks at: shorter side to pixels / 0.875, then the square in the middle (papers: 256, 224)."""
+    short = min(image.shape[1:])
+    # Of a very thin image only the middle is looked at: resizing all of 1 x 20000 would take gigabytes.
+    image = middle(image, min(image.shape[1], 4 * short), min(image.shape[2], 4 * short))
     _, height, width = image.shape
-    scale = round(pixels / 0.875) / min(height, width)
+    scale = round(pixels / 0.875) / short
     h, w = max(round(height * scale), pixels), max(round(width * scale), pixels)
-    top, left = (h - pixels) // 2, (w - pixels) // 2
-    return resize(image, (h, w))[:, top : top + pixels, left : left + pixels]
+    return middle(resize(image, (h, w)), pixels, pixels)
+
+
+def middle(image: Tensor, height: int, width: int) -> Tensor:
+    """(C, H, W) -> (C, height, width), cut from its middle."""
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
