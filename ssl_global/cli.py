@@ -1,6 +1,7 @@
 """The command `ssl-global`: all that is done beside training.
 
-ssl-global pack FOLDER SHARDS           a folder of images into webdataset .tar shards
+ssl-global pack IMAGES SHARDS           images into webdataset .tar shards, checked, smaller if you like
+ssl-global doctor DATA                  what is bad in the data, and how fast it can be served
 ssl-global export RUN                   a run's backbone into a folder that timm loads
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
@@ -9,6 +10,7 @@ ssl-global evaluate linear BACKBONE
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,9 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from ssl_global.command_line import find
+from ssl_global.data.doctor import advice, diagnose
+from ssl_global.data.pack import describe as describe_packed
+from ssl_global.data.pack import pack as pack_shards
 from ssl_global.data.sample import built_in_sample
-from ssl_global.data.shards import pack as pack_shards
-from ssl_global.data.source import FolderSource, open_source
+from ssl_global.data.source import open_source
 from ssl_global.errors import UserError
 from ssl_global.evaluation import features as f
 from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder
@@ -46,30 +51,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"ssl-global: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("ssl-global: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 @app.command
 def pack(
-    folder: Annotated[Positional[Path], arg(metavar="FOLDER")],
+    images: Annotated[Positional[str], arg(metavar="IMAGES")],
     shards: Annotated[Positional[Path], arg(metavar="SHARDS")],
     *,
     shard_mb: int = 256,
+    resize: int | None = None,
+    quality: int | None = None,
+    processes: int | None = None,
 ) -> None:
-    """Write a folder of images as webdataset .tar shards; started again, it goes on where it stopped.
+    """Write images as webdataset .tar shards; started again, it goes on where it stopped.
+
+    Every image is decoded once: broken ones are named and left out, and those that are there twice are named. What was
+    packed is summed up in SHARDS/NAME-summary.json, with the mean and deviation for recipes that say `auto`.
 
     Args:
-        folder: Images at any depth; its folders are the classes, if all images are in one of several.
+        images: A folder, whose folders are the classes, if all images are in one of several; or shards, or a dataset.
         shards: Folder to write to.
         shard_mb: Size of a shard, about, in millions of bytes.
+        resize: Shrink images to this shorter side, in pixels, as JPEG; smaller ones stay as they are.
+        quality: Of those JPEG, 1 to 100; without --resize, every image becomes a JPEG of its own size.
+        processes: That read, decode and write at once; by default one for each core, 16 at most.
     """
-    source = open_source(str(folder))
-    if not isinstance(source, FolderSource):
-        raise UserError(f"{folder}: has shards already; give a folder of images")
     if shard_mb < 1:
         raise UserError(f"--shard-mb {shard_mb}: at least 1")
-    packed = pack_shards(source, shards, shard_bytes=shard_mb * 1_000_000)
-    labels = "no labels" if source.classes is None else f"{len(source.classes)} classes"
-    print(f"{shards}: {packed.num_images} images, {labels}, {len(packed.shards)} shards ({packed.written} written now)")
+    packed = pack_shards(
+        open_source(images), shards, shard_bytes=shard_mb * 1_000_000, resize=resize, quality=quality,
+        processes=processes,
+    )  # fmt: skip
+    print(f"{shards}: {packed.written} of {len(packed.shards)} shards written now")
+    print(describe_packed(packed.summary))
+
+
+@app.command
+def doctor(
+    data: Annotated[Positional[str], arg(metavar="DATA")],
+    *,
+    recipe: str = "dino",
+    workers: int | None = None,
+    gpu_images_per_second: float = 500,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> None:
+    """Read all data once, name what is bad, and time how fast it can be served. Ends with 1 if something is bad.
+
+    Args:
+        data: A folder of images, shards, or a dataset, as for pretrain.py.
+        recipe: Whose views are timed, by name or path, with or without :FUNCTION.
+        workers: Decoding threads; by default as many as a run would have.
+        gpu_images_per_second: What one GPU is taken to need, for the count of workers.
+        json_file: Also write all that was found to this file.
+    """
+    _, _, build = find(recipe)
+    made = build()
+    found = diagnose(data, replace(made, data=replace(made.data, workers=workers)))
+    print(f"{data}: {found.described}")
+    for word, findings in (("damaged shard", found.damaged_shards), ("bad image", found.bad_images)):
+        for finding in findings:
+            print(f"{word}: {finding.place}: {finding.reason}")
+    num_bad = len(found.bad_images)
+    print(f"read     {found.num_images} images, {num_bad} of them bad ({num_bad / max(found.num_images, 1):.3%})")
+    for line in advice(found, gpu_images_per_second):
+        print(line)
+    if json_file:
+        json_file.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    if found.damaged_shards or found.bad_images:
+        sys.exit(1)
 
 
 @app.command

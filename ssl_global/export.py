@@ -87,8 +87,8 @@ def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_pct": CROP_SHARE,
             "crop_mode": "center",
-            "mean": list(data.mean),
-            "std": list(data.std),
+            "mean": list(data.normalisation[0]),
+            "std": list(data.normalisation[1]),
             "num_classes": 0,
             "first_conv": own.get("first_conv"),  # timm's to adapt to other channels
             "classifier": own.get("classifier"),  # timm's to leave out of the weights

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ssl_global.errors import UserError, wrong
 
+MAX_PIXELS = 128 * 2**20  # 11 585 x 11 585 (ours): satellite tiles pass
+MOST_PIXELS = 178_956_970  # Pillow's own refusal
+
 if TYPE_CHECKING:  # only for the signatures: a recipe builds nothing until it is asked to
     from ssl_global.encoders.encoder import Encoder
     from ssl_global.methods.method import Method
@@ -23,25 +26,53 @@ if TYPE_CHECKING:  # only for the signatures: a recipe builds nothing until it i
 class Data:
     """How samples are read."""
 
-    channels: int = 3  # of the decoded image: 3 (colour) or 1 (grey)
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, in 0..1; ImageNet's
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of each channel, in 0..1; ImageNet's
-    workers: int | None = None  # decoding processes beside each training process; None: the cores it has, 8 at most
+    reader: Literal["indexed", "stream"] = "indexed"  # stream: webdataset's own, for pipes and what no disk holds
+    epoch_images: int | None = None  # images that a stream's epoch is taken to have; indexed data are counted
+    channels: int = 3  # of the decoded image: 3 (colour), 1 (grey), or another number: all bands that the files have
+    mean: tuple[float, ...] | Literal["auto"] = (0.485, 0.456, 0.406)  # of each channel, in 0..1; or the data's
+    std: tuple[float, ...] | Literal["auto"] = (0.229, 0.224, 0.225)  # as mean; these are ImageNet's
+    max_pixels: int = MAX_PIXELS  # of an image before it is decoded; larger ones count as bad
+    shuffle_block: int = 8  # neighbouring samples of a shard that stay near each other, so that reads are in a row
+    shuffle_window: int = 1024  # blocks whose samples are shuffled among each other
+    repeats: int = 1  # view sets of a decoded sample in a batch (Hoffer et al. 2020); an epoch counts each
+    last_batch: Literal["carry", "drop"] = "carry"  # what is left of an epoch goes first in the next, or is left out
+    workers: int | None = None  # decoders beside each training process; None: the cores it has, 16 at most; 0: itself
+    worker_kind: Literal["threads", "processes"] = "threads"  # processes only for decoders that hold Python's lock
     max_bad_fraction: float = 0.001  # of unreadable samples, counted and replaced; one more stops the run
 
     def check(self) -> None:
-        if self.channels not in (1, 3):
-            raise wrong("data.channels", self.channels, "images are decoded to 1 (grey) or 3 (colour) channels")
+        if self.reader == "stream":
+            if self.epoch_images is None or self.epoch_images < 1:
+                raise wrong("data.epoch_images", self.epoch_images, "a stream is not counted: say how many it has")
+            if self.repeats != 1:
+                raise wrong("data.repeats", self.repeats, "1 for data.reader stream")
+        elif self.epoch_images is not None:
+            raise wrong("data.epoch_images", self.epoch_images, "only for data.reader stream: indexed data are counted")
+        if self.channels < 1:
+            raise wrong("data.channels", self.channels, "3 (colour), 1 (grey), or the number of the files' bands")
         for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.channels:
-                raise wrong(
-                    f"data.{name}", getattr(self, name), f"one number for each of data.channels = {self.channels}"
-                )
-        if min(self.std) <= 0:
+            values = getattr(self, name)
+            if values != "auto" and len(values) != self.channels:
+                raise wrong(f"data.{name}", values, f"one number for each of data.channels = {self.channels}, or auto")
+        if "auto" in (self.mean, self.std) and self.reader == "stream":
+            raise wrong("data.mean", "auto", "numbers: a stream is not measured")
+        if self.std != "auto" and min(self.std) <= 0:
             raise wrong("data.std", self.std, "each must be above 0, ImageNet's are 0.229 0.224 0.225")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise wrong("data.max_pixels", self.max_pixels, f"1 to {MOST_PIXELS}: more is refused by Pillow")
+        for name in ("shuffle_block", "shuffle_window", "repeats"):
+            if getattr(self, name) < 1:
+                raise wrong(f"data.{name}", getattr(self, name), "at least 1")
         if self.workers is not None and self.workers < 0:
             raise wrong("data.workers", self.workers, "0 (decode in the training process) or more")
         in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, once data.statistics has put numbers in the place of "auto"."""
+        assert self.mean != "auto"
+        assert self.std != "auto"
+        return self.mean, self.std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +302,7 @@ class Recipe:
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "data.workers",
+        "data.worker_kind",
         "data.max_bad_fraction",
         "train.micro_batch",
         "train.compile",

@@ -102,7 +102,7 @@ def test_the_walk_finds_the_commands():
     assert FIRST == "accelerate launch pretrain.py --recipe dino"
     assert len(SEVERAL) == 2
     others = set(PIECES) - set(JOBS) - set(TOOLS)
-    assert others == {"pip install -e .", "pip install -e '.[test]'", "pytest"}
+    assert others == {"pip install -e .", "pip install -e '.[test]'", "pytest", "python -m benchmarks data"}
 
 
 @pytest.mark.parametrize("job", JOBS)

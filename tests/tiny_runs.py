@@ -22,7 +22,7 @@ EVERY = [
 ]  # fmt: skip
 
 
-def arguments(method: str, data: Path, out: Path, *more: str) -> list[str]:
+def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]:
     every = [word for word in EVERY if word != "--log-with="]
     return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *every, *TINY[method], *more, "--log-with"]
 

@@ -1,146 +1,263 @@
-"""From positions in the data's order to batches: worker processes read, decode and cut; nothing random has a state.
+"""From the order of samples to batches on the device: workers read, decode and cut into a ring of reused memory.
 
-A sample that cannot be read is replaced by the next one that can, the same on every run, and its name travels with the
-batch, so that the run can count it, log it, and stop when there are too many.
+order -> a task for each sample -> worker: read, look, draw, decode, cut -> its rows of the ring -> device -> painted
+
+The ring has room for a few micro-batches, uint8, pinned where there is a GPU: nothing is collated, no float is made on
+the CPU, and the memory is known before the run begins. A sample that cannot be read is replaced by the next one that
+can, the same on every run, and its name travels with the batch, so that the run can count it, log it, and stop when
+there are too many. A failure in a worker travels the same way, so that all processes stop at the same step.
 """
 
 import contextlib
-import os
-import signal
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ssl_global.data.decode import BadImage, decode
+from ssl_global.data.decode import BadImage, Encoded, look
 from ssl_global.data.order import Order
 from ssl_global.data.randomness import VIEWS, stream
-from ssl_global.data.source import Source
-from ssl_global.data.views import cut, draw, paint
+from ssl_global.data.source import Source, counted
+from ssl_global.data.views import Drawn, cut, cut_shrunk, draw, paint, shrink_of
+from ssl_global.data.workers import Submit, num_workers, workers
 from ssl_global.errors import UserError
-from ssl_global.recipe import Data, Recipe, Views
+from ssl_global.recipe import Crops, Data, Recipe
 
 REPLACEMENTS = 8  # samples tried in place of a bad one before the data as a whole is called bad (ours)
+AHEAD = 2  # micro-batches that wait, ready or in the making, beside the one in use (ours)
+SAMPLES_AHEAD = 2  # for each worker, at least: where micro-batches are small, more of them wait (ours)
+
+Batch = dict[str, Any]
 
 
-class Samples(Dataset):
-    """Position -> the crops of a sample, the colours to paint them with, its seed, key and label."""
+class Candidate(NamedTuple):
+    """A sample that may be read."""
 
-    def __init__(self, source: Source, order: Order, views: Views, channels: int) -> None:
+    key: str
+    label: int  # -1: none
+    read: Callable[[], bytes]
+
+
+class Samples(Protocol):
+    """Where samples come from: an indexed source, or a stream."""
+
+    def candidates(self, sample: int) -> Iterator[Candidate]:
+        """The sample, then those that may take its place."""
+
+
+class Indexed:
+    """The samples of a source; the neighbours behind a sample may take its place."""
+
+    def __init__(self, source: Source) -> None:
         self.source = source
+
+    def candidates(self, sample: int) -> Iterator[Candidate]:
+        source = self.source
+        for tried in range(min(1 + REPLACEMENTS, len(source))):
+            used = (sample + tried) % len(source)
+            label = -1 if source.labels is None else int(source.labels[used])
+            yield Candidate(source.key(used), label, lambda used=used: source.read(used))  # type: ignore[misc]
+
+
+class Task(NamedTuple):
+    """A sample to be decoded once and cut into views `repeats` times."""
+
+    slot: int  # of the ring
+    row: int  # of the slot, the first
+    epoch: int
+    sample: int
+
+
+@dataclass
+class Filled:
+    """What is known of a sample besides its pixels, which lie in the ring."""
+
+    key: str = ""
+    label: int = -1
+    seeds: list[int] = field(default_factory=list)  # of each repeat
+    colours: list[list[np.ndarray]] = field(default_factory=list)  # by kind of crops, by repeat: (count, numbers)
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of what could not be read
+    lost: str = ""  # why nothing could take its place: the run stops at this batch
+
+
+class Decoder:
+    """What a worker does: one sample into its rows of the ring."""
+
+    def __init__(self, samples: Samples, recipe: Recipe, ring: list[list[Tensor]]) -> None:
+        self.samples = samples
+        self.data = recipe.data
+        self.seed = recipe.seed
+        self.kinds = list(recipe.views.groups().values())
+        self.ring = ring
+
+    def fill(self, task: Task) -> Filled:
+        filled = Filled()
+        for key, label, read in self.samples.candidates(task.sample):
+            try:
+                image = look(read(), self.data.channels, self.data.max_pixels)
+                filled.seeds, drawn = self.draw(image.size, task)
+                self.cut(image, drawn, task)
+            except BadImage as reason:
+                filled.bad.append((key, str(reason)))
+                continue
+            except Exception as error:  # the shard has changed, memory is full, a fault of ours: no other sample helps
+                return self.lost(filled, task, str(error) if isinstance(error, UserError) else f"{key}: {error!r}")
+            filled.key, filled.label = key, label
+            filled.colours = [[once[kind].colours for once in drawn] for kind in range(len(self.kinds))]
+            return filled
+        first, said = filled.bad[0]
+        others = f", nor any of the {len(filled.bad) - 1} samples behind it" if len(filled.bad) > 1 else ""
+        return self.lost(filled, task, f"{first} cannot be read ({said}){others}")
+
+    def draw(self, size: tuple[int, int], task: Task) -> tuple[list[int], list[list[Drawn]]]:
+        """The seeds, and what is drawn, by repeat and kind."""
+        seeds, drawn = [], []
+        for repeat in range(self.data.repeats):
+            random = stream(self.seed, VIEWS, task.epoch * self.data.repeats + repeat, task.sample)
+            seeds.append(int(random.integers(2**63)))
+            drawn.append([draw(kind, size, random) for kind in self.kinds])
+        return seeds, drawn
+
+    def cut(self, image: Encoded, drawn: list[list[Drawn]], task: Task) -> None:
+        pixels = [kind.pixels for kind in self.kinds]
+        by = shrink_of([pair for once in drawn for pair in zip(once, pixels, strict=True)]) if image.can_shrink else 1
+        whole, small = (image.pixels(), None) if by == 1 else (None, image.shrunk(by))
+        for row, once in enumerate(drawn, start=task.row):
+            for crops, into in zip(once, self.ring[task.slot], strict=True):
+                if whole is not None:
+                    cut(whole, crops, into[row])
+                elif small is not None:
+                    cut_shrunk(small, image.size, crops, into[row])
+
+    def lost(self, filled: Filled, task: Task, why: str) -> Filled:
+        """Black views: the batch is whole, and the run stops at it, on all processes."""
+        for into in self.ring[task.slot]:
+            into[task.row : task.row + self.data.repeats] = 0
+        filled.seeds, drawn = self.draw((1, 1), task)
+        filled.colours = [[once[kind].colours for once in drawn] for kind in range(len(self.kinds))]
+        filled.lost = why
+        return filled
+
+
+class Loader:
+    """The batches of one process, in the order of `micro_batches`, whatever the number and kind of workers.
+
+    micro_batches   the images (places in the endless row, times data.repeats) of each
+    processes_here  training processes on this machine: they share its cores
+    pin             whether the ring is pinned memory, from which a GPU copies by itself
+    """
+
+    def __init__(
+        self, samples: Samples, order: Order, recipe: Recipe, micro_batches: Iterable[range], *,
+        micro_batch: int, processes_here: int = 1, pin: bool = False,
+    ) -> None:  # fmt: skip
         self.order = order
-        self.views = views
-        self.channels = channels
+        self.data = recipe.data
+        self.micro_batches = micro_batches
+        self.num_workers = num_workers(recipe.data, processes_here)
+        ahead = max(AHEAD, math.ceil(SAMPLES_AHEAD * self.num_workers * recipe.data.repeats / micro_batch))
+        num_slots = 1 + (ahead if self.num_workers else 0)
+        self.ring = [self.slot(recipe, micro_batch, pin) for _ in range(num_slots)]
+        self.decoder = Decoder(samples, recipe, self.ring)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def slot(self, recipe: Recipe, micro_batch: int, pin: bool) -> list[Tensor]:
+        """Room for a micro-batch: uint8 (B, count, C, H, W) for each kind, the channels side by side in memory."""
+        shared = self.num_workers > 0 and recipe.data.worker_kind == "processes"
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        epoch, sample = self.order[position]
-        image, used, bad = read_or_replace(self.source, sample, self.channels)
-        if lost := image is None:
-            image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)  # the run stops at this batch
-        random = stream(self.order.seed, VIEWS, epoch, sample)
-        seed = int(random.integers(2**63))
-        crops, colours = [], []
-        for kind in self.views.groups().values():
-            drawn = draw(kind, (image.shape[1], image.shape[2]), random)
-            crops.append(cut(image, drawn, kind.pixels))
-            colours.append(torch.from_numpy(drawn.colours))
-        label = -1 if self.source.labels is None else int(self.source.labels[used])
+        def room(kind: Crops) -> Tensor:
+            shape = (micro_batch, kind.count, kind.pixels, kind.pixels, recipe.data.channels)
+            memory = torch.zeros(shape, dtype=torch.uint8, pin_memory=pin and not shared)
+            return (memory.share_memory_() if shared else memory).permute(0, 1, 4, 2, 3)
+
+        return [room(kind) for kind in recipe.views.groups().values()]
+
+    def describe(self) -> str:
+        """One line: "2 threads into a ring of 3 x 64 images, 101 MB"."""
+        size = sum(room.numel() for slot in self.ring for room in slot)
+        one = {"threads": "thread", "processes": "process"}[self.data.worker_kind]
+        by = counted(self.num_workers, one, self.data.worker_kind) if self.num_workers else "the training process"
+        return f"{by} into a ring of {len(self.ring)} x {len(self.ring[0][0])} images, {size / 1e6:.0f} MB"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Iterator[Batch]]:
+        """The batches; the workers are gone when this ends, however it ends.
+
+        A batch's crops lie in the ring: they are good until the next batch is asked for.
+        """
+        with workers(self.data, self.num_workers, self.decoder.fill) as submit:
+            yield self.batches(submit)
+
+    def batches(self, submit: Submit) -> Iterator[Batch]:
+        free, begun = deque(range(len(self.ring))), deque[tuple[int, list[tuple[Task, Future[Filled]]]]]()
+        coming = iter(self.micro_batches)
+        while True:
+            while free and (images := next(coming, None)) is not None:
+                slot = free.popleft()
+                begun.append((slot, [(task, submit(task)) for task in self.tasks(slot, images)]))
+            if not begun:
+                return
+            slot, promised = begun.popleft()
+            yield self.batch(slot, [self.outcome(task, future) for task, future in promised])
+            free.append(slot)
+
+    def tasks(self, slot: int, images: range) -> Iterator[Task]:
+        repeats = self.data.repeats
+        for row in range(0, len(images), repeats):
+            yield Task(slot, row, *self.order[images[row] // repeats])
+
+    def outcome(self, task: Task, promised: Future[Filled]) -> Filled:
+        try:
+            return promised.result()
+        except BrokenExecutor:
+            return self.decoder.lost(Filled(), task, "a decoding process was killed; is there enough memory?")
+
+    def batch(self, slot: int, filled: list[Filled]) -> Batch:
+        """{"crops": [uint8 (B, count, C, H, W) for each kind], "colours": [(B, count, numbers)...], "seed", ...}."""
+        repeats = self.data.repeats
+        kinds = range(len(self.ring[slot]))
         return {
-            "crops": crops,
-            "colours": colours,
-            "seed": seed,
-            "key": self.source.key(used),
-            "label": label,
-            "bad": bad,
-            "lost": lost,
+            "crops": self.ring[slot],
+            "colours": [torch.from_numpy(np.stack([c for f in filled for c in f.colours[kind]])) for kind in kinds],
+            "seed": torch.tensor([seed for f in filled for seed in f.seeds], dtype=torch.int64),
+            "label": torch.tensor([f.label for f in filled for _ in range(repeats)], dtype=torch.int64),
+            "key": [f.key for f in filled for _ in range(repeats)],
+            "bad": [bad for f in filled for bad in f.bad],
+            "lost": [f.lost for f in filled if f.lost],
         }
 
 
-def read_or_replace(source: Source, sample: int, channels: int) -> tuple[Tensor | None, int, list[tuple[str, str]]]:
-    """(image, which sample it is, [(key, reason) of those that could not be read]).
-
-    The image is None when the sample and all its replacements are bad: it is for all processes together to stop.
-    """
-    bad: list[tuple[str, str]] = []
-    for tried in range(min(1 + REPLACEMENTS, len(source))):
-        used = (sample + tried) % len(source)
-        try:
-            return decode(source.read(used), channels), used, bad
-        except (BadImage, UserError) as error:  # of the image, of its shard
-            bad.append((source.key(used), str(error)))
-    return None, used, bad
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"crops": [uint8 (B, count, C, H, W) for each kind], "colours": [(B, count, numbers)...], ...}."""
-    return {
-        "crops": [torch.stack(kind) for kind in zip(*(s["crops"] for s in samples), strict=True)],
-        "colours": [torch.stack(kind) for kind in zip(*(s["colours"] for s in samples), strict=True)],
-        "seed": torch.tensor([s["seed"] for s in samples], dtype=torch.int64),
-        "label": torch.tensor([s["label"] for s in samples], dtype=torch.int64),
-        "key": [s["key"] for s in samples],
-        "bad": [bad for s in samples for bad in s["bad"]],
-        "lost": sum(s["lost"] for s in samples),
-    }
+def ahead_on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches with their crops on the device: while one is used, the next is copied beside the work."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            crops = [kind.to(device, non_blocking=True) for kind in batch["crops"]]
+            copied = side.record_event()
+        if ready is not None:
+            yield ready
+        copied.synchronize()  # long past: it was begun a step ago. From here on the ring's memory may be written again
+        for kind in crops:
+            kind.record_stream(torch.cuda.current_stream(device))
+        ready = batch | {"crops": crops}
+    if ready is not None:
+        yield ready
 
 
-def loader(
-    source: Source, recipe: Recipe, positions: Iterator[list[int]], *, processes_here: int, pin: bool
-) -> DataLoader[dict[str, Any]]:
-    """Batches of samples at `positions`, in that order, whatever the number of workers.
-
-    processes_here  training processes on this machine: they share its cores
-    """
-    order = Order(len(source), recipe.seed)
-    return DataLoader(
-        Samples(source, order, recipe.views, recipe.data.channels),
-        batch_sampler=positions,  # any iterable of lists does
-        collate_fn=collate,
-        num_workers=num_workers(recipe.data, processes_here),
-        worker_init_fn=outlive_signals,
-        pin_memory=pin,
-    )
-
-
-@contextlib.contextmanager
-def serving(batches: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """The loader's batches; its workers are gone when this ends, however it ends.
-
-    They ignore signals, and an error's traceback would keep the iterator, and so the workers, alive for ever.
-    """
-    iterator = iter(batches)
-    try:
-        yield iterator
-    finally:
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-
-
-def num_workers(data: Data, processes_here: int) -> int:
-    """As the recipe says, or a share of this machine's cores, at least 1 and at most 8 (ours)."""
-    if data.workers is not None:
-        return data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // processes_here - 1, 1), 8)
-
-
-def outlive_signals(worker: int) -> None:
-    """A signal reaches the whole process group: workers must serve the step after which the run is saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def to_device(batch: dict[str, Any], data: Data, device: torch.device) -> dict[str, Any]:
+def to_device(batch: Batch, data: Data, device: torch.device) -> Batch:
     """A loaded batch as a method wants it: painted, normalised views on the device."""
     views: list[Tensor] = []
     for crops, colours in zip(batch["crops"], batch["colours"], strict=True):
-        views += paint(crops.to(device, non_blocking=True), colours, data.mean, data.std)
+        views += paint(crops.to(device, non_blocking=True), colours, *data.normalisation)
     return {
         "views": views,
         "seed": batch["seed"].to(device, non_blocking=True),

@@ -6,10 +6,11 @@ are those of Philox (Salmon et al. 2011), a counter-based generator: same names,
 
 import numpy as np
 
-ORDER = 1  # of the samples of an epoch
+ORDER = 1  # of the blocks of an epoch
 VIEWS = 2  # of a sample in an epoch
 STEP = 3  # of a process in a step: drop path
 SAMPLE = 4  # of the built-in sample's crops
+WINDOW = 5  # of the samples of a window of an epoch
 
 
 def stream(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:

@@ -6,7 +6,6 @@ validation crops from the rest, so no pixel is in both. k-NN of raw pixels: see 
 
 import io
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import skimage
 import webdataset
 from PIL import Image
 
+from ssl_global.data.cache import cache_folder
 from ssl_global.data.randomness import SAMPLE, stream
 from ssl_global.errors import UserError
 
@@ -34,8 +34,7 @@ VERSION = 2  # of all the above: another version is another folder
 
 def built_in_sample(cache: Path | None = None) -> tuple[str, str]:
     """(training shards, validation shards) as patterns; written to the user's cache folder on first use, in seconds."""
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_global"
-    folder = cache / f"sample-v{VERSION}"
+    folder = (cache or cache_folder()) / f"sample-v{VERSION}"
     if not folder.exists():
         write(folder)
     return str(folder / "train" / "*.tar"), str(folder / "val" / "*.tar")

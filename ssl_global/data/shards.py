@@ -1,56 +1,87 @@
-"""Webdataset .tar shards: finding the images in one by reading headers only, and writing them from a folder.
+"""Webdataset .tar shards: finding the images in one by reading headers only.
 
-A sample is the members of one name up to the first dot of its last part: an image (0007.jpg) and its label, as text
-(0007.cls) or in 0007.json ({"label": 3} or {"cls": 3}). All else is passed over.
+A sample is the members of one name up to the first dot of its last part: an image (0007.jpg) and its label, as a whole
+number in text (0007.cls or 0007.txt) or in 0007.json ({"label": 3} or {"cls": 3}). All else is passed over.
 
 Not as Python's tarfile, which takes a damaged header for the end of the archive and is silent about the samples behind
 it: here a shard is good to its end mark or it is refused. Nothing is ever extracted, and a member's name is no path:
 links, devices, absolute names and names with `..` are passed over.
 """
 
-import contextlib
+import hashlib
 import json
 import os
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from webdataset.writer import TarWriter
 
-from ssl_global.data.decode import BadImage
-from ssl_global.errors import UserError, wrong
-
-if TYPE_CHECKING:  # source.py reads shards, so it imports this file
-    from ssl_global.data.source import FolderSource
+from ssl_global.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # a sample uses the first
-KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".cls", ".json"))
+LABEL_SUFFIXES = (".cls", ".txt", ".json")  # likewise
+KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *LABEL_SUFFIXES))
 
 BLOCK = 512  # bytes: a header is one, contents are padded to whole ones
 REGULAR = (b"0", b"\0", b"7")
 WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: nothing follows them
 MAX_LABEL = 2**31 - 1  # (ours)
 MAX_TEXT_BYTES = 2**20  # of a label or of an extended header (ours)
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal (ours)
+MAX_LABEL_DIGITS = 32  # bytes of a .txt that may be a label (ours)
+NO_LABEL = -1
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+class Names:
+    """Many strings in two arrays: ten million keys as Python's strings would take a gigabyte."""
+
+    def __init__(self, joined: np.ndarray, ends: np.ndarray) -> None:
+        self.joined = joined  # uint8, all of them in UTF-8, one behind the other
+        self.ends = ends  # int64 (N,)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Names":
+        raw = [name.encode() for name in names]
+        ends = np.cumsum([len(name) for name in raw], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(raw), dtype=np.uint8), ends)
+
+    @classmethod
+    def join(cls, parts: Sequence["Names"]) -> "Names":
+        starts = np.cumsum([0] + [len(part.joined) for part in parts])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.joined for part in parts]), np.concatenate(ends))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.joined[start : self.ends[index]].tobytes().decode()
+
+
+class Stamp(NamedTuple):
+    """By which a changed file is known."""
+
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The images of one shard, in its order: key, place, and label where there is one."""
 
-    keys: list[str]
+    keys: Names
     offsets: np.ndarray  # int64 (N,), bytes from the start of the shard
     sizes: np.ndarray  # int64 (N,), bytes
-    labels: list[int | None]
+    labels: np.ndarray  # int64 (N,), NO_LABEL where there is none
+    stamp: Stamp  # of the file that was read
+
+    def digest(self) -> str:
+        """Of keys and sizes: the same for a copy of the shard, another for other samples."""
+        whole = hashlib.sha256(self.keys.joined.tobytes())
+        for numbers in (self.keys.ends, self.sizes):
+            whole.update(numbers.astype("<i8").tobytes())
+        return whole.hexdigest()[:16]
 
 
 class Member(NamedTuple):
@@ -68,7 +99,13 @@ def index_shard(path: str) -> ShardIndex:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def stamp_of(file: int | str) -> Stamp:
+    status = os.stat(file)
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
 def build_index(path: str, file: int) -> ShardIndex:
+    stamp = stamp_of(file)
     samples: dict[str, dict[str, Member]] = {}
     for member in read_members(path, file):
         key, suffix = split_name(member.name)
@@ -81,12 +118,16 @@ def build_index(path: str, file: int) -> ShardIndex:
     images = {key: image for key, parts in samples.items() if (image := find_image(parts))}
     if not images:
         raise UserError(f"{path}: no image in this shard (members named KEY.jpg or the like, without a further dot)")
-    return ShardIndex(
-        keys=list(images),
+    index = ShardIndex(
+        keys=Names.of(images),
         offsets=np.array([image.offset for image in images.values()], dtype=np.int64),
         sizes=np.array([image.size for image in images.values()], dtype=np.int64),
-        labels=[read_label(path, file, samples[key]) for key in images],
+        labels=np.array([read_label(path, file, samples[key]) for key in images], dtype=np.int64),
+        stamp=stamp,
     )
+    if stamp_of(file) != stamp:
+        raise UserError(f"{path}: changed while it was read")
+    return index
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -204,31 +245,39 @@ def check_end_mark(path: str, file: int, at: int, end: int) -> None:
             raise UserError(f"{path}: damaged: the end mark is at byte {at}, but there is more at byte {byte}")
 
 
-def read_label(path: str, file: int, parts: dict[str, Member]) -> int | None:
-    """From .cls, which must hold a whole number, else from .json, which may. Below 0 means: not labelled."""
+def read_label(path: str, file: int, parts: dict[str, Member]) -> int:
+    """From .cls, which must hold a whole number, else from .txt or .json, which may. Below 0 means: not labelled."""
     if member := parts.get(".cls"):
         written = read_text(path, file, member.offset, member.size)
-        try:
-            label = int(written)
-        except ValueError:
-            label = MAX_LABEL + 1
-        if label > MAX_LABEL:
+        label = whole_number(written)
+        if label is None or label > MAX_LABEL:
             raise UserError(
                 f"{path}: {member.name} holds {text(written[:20])!r}; a label is a whole number below 2**31"
             )
-        return label if label >= 0 else None
+        return max(label, NO_LABEL)
+    if (member := parts.get(".txt")) and member.size <= MAX_LABEL_DIGITS:  # a longer text is a caption
+        label = whole_number(os.pread(file, member.size, member.offset))
+        if label is not None and 0 <= label <= MAX_LABEL:
+            return label
     if (member := parts.get(".json")) and member.size <= MAX_TEXT_BYTES:
         return label_in_json(os.pread(file, member.size, member.offset))
-    return None
+    return NO_LABEL
 
 
-def label_in_json(raw: bytes) -> int | None:
+def whole_number(written: bytes) -> int | None:
+    try:
+        return int(written)
+    except ValueError:
+        return None
+
+
+def label_in_json(raw: bytes) -> int:
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
+        return NO_LABEL
     label = fields.get("label", fields.get("cls")) if isinstance(fields, dict) else None
-    return label if type(label) is int and 0 <= label <= MAX_LABEL else None  # True would be an int too
+    return label if type(label) is int and 0 <= label <= MAX_LABEL else NO_LABEL  # True would be an int too
 
 
 def read_classes(folder: str, labels: np.ndarray) -> list[str] | None:
@@ -244,153 +293,3 @@ def read_classes(folder: str, labels: np.ndarray) -> list[str] | None:
     if labels.max() >= len(classes):
         raise UserError(f"{path}: names {len(classes)} classes, but the shards hold the label {labels.max()}")
     return classes
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What `pack` has made."""
-
-    shards: list[Path]
-    written: int  # of them in this call; the others were whole already
-    num_images: int
-
-
-def pack(source: "FolderSource", out: Path, *, shard_bytes: int, progress: bool = True) -> Packed:
-    """Copies a folder's images, unchanged and in their order, into OUT/FOLDER-000000.tar, ..., and classes.json.
-
-    shard_bytes   a shard is closed before it would grow beyond this; one image that is larger gets its own
-
-    The bytes are a function of the folder and of shard_bytes. After a stop the same call goes on with the first missing
-    shard. Raises UserError if the folder or the size changed since, a file cannot be read, or OUT holds other shards.
-    """
-    if shard_bytes < 1:
-        raise wrong("shard_bytes", shard_bytes, "at least 1; 256 MB is usual")
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", source.root.resolve().name)
-    shards = plan(source, shard_bytes)
-    paths = [out / f"{name}-{number:06d}.tar" for number in range(len(shards))]
-    begin_or_go_on(source, out, name, shard_bytes)
-    written = 0
-    with report("packed", len(source), Console(stderr=True, quiet=not progress)) as done:
-        for path, images in zip(paths, shards, strict=True):
-            if not path.exists():
-                write_shard(path, samples_of(source, images, done))
-                written += 1
-            done(images.stop)
-    return Packed(shards=paths, written=written, num_images=len(source))
-
-
-def plan(source: "FolderSource", shard_bytes: int) -> list[range]:
-    """Which images go into which shard: a function of their sizes."""
-    members_beside = 0 if source.labels is None else 2 * BLOCK
-    starts, filled = [0], 0
-    for image, size in enumerate(source.sizes.tolist()):
-        needed = BLOCK + whole_blocks(size) + members_beside
-        if filled and filled + needed + 2 * BLOCK > shard_bytes:
-            starts.append(image)
-            filled = 0
-        filled += needed
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)]
-
-
-def begin_or_go_on(source: "FolderSource", out: Path, name: str, shard_bytes: int) -> None:
-    """Leaves FOLDER-pack.json, by which a later run sees that it is given the same folder, and classes.json."""
-    note = out / f"{name}-pack.json"
-    now = {"images": source.fingerprint, "shard_bytes": shard_bytes}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if note.exists():
-            refuse_change(note, now)
-        elif any(out.glob(f"{name}-*.tar")):
-            raise UserError(f"{out}: holds {name}-*.tar from elsewhere; give another folder for the shards")
-        if source.classes:
-            keep_classes(out / "classes.json", source.classes)
-        write_whole(note, json.dumps(now).encode())
-    except OSError as error:
-        raise UserError(f"{out}: shards cannot be written there: {error.strerror}") from error
-
-
-def refuse_change(note: Path, now: dict[str, object]) -> None:
-    try:
-        before = json.loads(note.read_bytes())
-    except ValueError:
-        before = {}
-    if before == now:
-        return
-    same_images = isinstance(before, dict) and before.get("images") == now["images"]
-    changed = f"shards of {before['shard_bytes']} bytes" if same_images else "other images (has the folder changed?)"
-    raise UserError(f"{note}: packing was begun with {changed}; give another folder for the shards")
-
-
-def keep_classes(path: Path, classes: list[str]) -> None:
-    names = json.dumps(classes, ensure_ascii=False).encode(errors="backslashreplace")
-    if path.exists() and path.read_bytes() != names:
-        raise UserError(f"{path}: names other classes than this folder has; give another folder for the shards")
-    write_whole(path, names)
-
-
-def samples_of(source: "FolderSource", images: range, done: Callable[[int], None]) -> Iterator[dict[str, str | bytes]]:
-    for image in images:
-        try:
-            data = source.read(image)
-        except BadImage as error:
-            raise UserError(f"{source.path}: {source.key(image)} {error}") from error
-        if len(data) != source.sizes[image]:
-            raise UserError(f"{source.path}: {source.key(image)} changed while it was packed")
-        label = None if source.labels is None else int(source.labels[image])
-        yield sample(image, data, os.path.splitext(source.key(image))[1], label)
-        done(image + 1)
-
-
-def sample(number: int, data: bytes, suffix: str, label: int | None) -> dict[str, str | bytes]:
-    """One sample as webdataset writes it. Its key is its number: safe in any file system, and sorted as it was."""
-    members: dict[str, str | bytes] = {"__key__": f"{number:09d}", suffix.lower().removeprefix("."): data}
-    return members if label is None else members | {"cls": str(label).encode()}
-
-
-def write_shard(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
-    """Writes a .tar that is there whole or not at all, and whose bytes depend on the samples alone."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for each in samples:
-                    tar.write(each)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(data)
-    unfinished.rename(path)
-
-
-@contextlib.contextmanager
-def report(verb: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Gives a function to be told how many images are done: a bar on a terminal, else a line now and then."""
-    if not console.is_terminal:
-        yield lines(verb, total, console)
-        return
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
-def lines(verb: str, total: int, console: Console) -> Callable[[int], None]:
-    last = time.monotonic()
-
-    def print_now_and_then(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            console.print(f"{verb} {done} of {total} images")
-
-    return print_now_and_then

@@ -1,31 +1,37 @@
-"""Where images come from: a folder, or webdataset .tar shards. Both are a numbered list of files with keys and labels.
+"""Where images come from: always a numbered list of encoded files with keys and labels.
 
     open_source("photos/")                          image files at any depth
     open_source("shards/")                          a folder that holds .tar shards
     open_source("shards/train-{000..099}.tar")      each must be there
     open_source("shards/train-*.tar")               those that are there, sorted
+    open_source("s3://bucket/train-{000..099}.tar") brought to a local cache folder first (remote.py)
+    open_source("datasets:beans@train")             of Hugging Face's datasets (huggingface.py)
 
 Nothing here decodes. A source is listed once, when it is opened; it can be pickled, forked and read by threads.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
+import resource
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types lack the error
+from ssl_global.data.remote import fetch
 
 from ssl_global.data.decode import BadImage
-from ssl_global.data.shards import IMAGE_SUFFIXES, ShardIndex, index_shard, read_classes
+from ssl_global.data.index import indexes, is_current
+from ssl_global.data.shards import IMAGE_SUFFIXES, NO_LABEL, Names, read_classes
 from ssl_global.errors import UserError
 
-MAX_OPEN_SHARDS = 256  # in a process (ours); a usual limit is 1024 open files, and there may be more shards than that
+OTHER_FILES = 512  # that a process may want to have open besides its shards (ours)
 
 
 class Source(ABC):
@@ -45,19 +51,37 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The image file's bytes. Raises BadImage if this one cannot be read, UserError if its whole shard cannot."""
+        """The image file's bytes. Raises BadImage if they cannot be read, UserError if they are no longer the same."""
+
+    def place(self, index: int) -> str:
+        """Where the image's bytes are, for people who want to look at them."""
+        return self.key(index)
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """int64: the indices at which its files of many images begin, and the number of images."""
+        return np.array([0, len(self)])
+
+    def parts(self) -> dict[str, str]:
+        """What each part (shard, folder) holds, as a hash: by which two sources that differ are told apart."""
+        return {"images": self.digest(range(len(self)))}
+
+    def digest(self, indices: Iterable[int]) -> str:
+        """Hash of keys, sizes and order: other data has another, the same data elsewhere on the disk has not."""
+        whole = hashlib.sha256()
+        for index in indices:
+            whole.update(f"{self.key(index)}\0{self.sizes[index]}\0".encode(errors="surrogateescape"))
+        return whole.hexdigest()[:16]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash of all parts and their order."""
+        lines = "".join(f"{name}\0{digest}\0" for name, digest in self.parts().items())
+        return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:32]
 
     @abstractmethod
     def describe(self) -> str:
         """One line: "3038 images in 4 shards, 9 classes"."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of keys, sizes and order: other data has another, the same data elsewhere on the disk has not."""
-        whole = hashlib.sha256()
-        for index, size in enumerate(self.sizes.tolist()):
-            whole.update(f"{self.key(index)}\0{size}\0".encode(errors="surrogateescape"))
-        return whole.hexdigest()[:32]
 
     def describe_labels(self) -> str:
         if self.labels is None:
@@ -88,6 +112,17 @@ class FolderSource(Source):
     def key(self, index: int) -> str:
         return self.files[index]
 
+    def place(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+    def parts(self) -> dict[str, str]:
+        """By first-level folder; "." is the files beside them."""
+        folders = [name.partition("/")[0] if "/" in name else "." for name in self.files]
+        members: dict[str, list[int]] = {}
+        for index, folder in enumerate(folders):
+            members.setdefault(folder, []).append(index)
+        return {folder: self.digest(indices) for folder, indices in members.items()}
+
     def read(self, index: int) -> bytes:
         try:
             return (self.root / self.files[index]).read_bytes()
@@ -106,23 +141,38 @@ class ShardSource(Source):
         self.path = path
         self.shards = shards
         self.shard_names = relative_names(shards)
-        indexes = [index_shard(shard) for shard in shards]
-        self.keys = [key for index in indexes for key in index.keys]
-        self.offsets = np.concatenate([index.offsets for index in indexes])
-        self.sizes = np.concatenate([index.sizes for index in indexes])
-        self.starts = np.cumsum([0] + [len(index.keys) for index in indexes])  # of each shard, in the list of images
-        self.labels, self.num_labelled = join_labels(indexes)
+        found = indexes(shards)
+        self.keys = Names.join([index.keys for index in found])
+        self.offsets = np.concatenate([index.offsets for index in found])
+        self.sizes = np.concatenate([index.sizes for index in found])
+        self.starts = np.cumsum([0] + [len(index.keys) for index in found])  # of each shard, and the end
+        self.stamps = [index.stamp for index in found]
+        self.digests = [index.digest() for index in found]
+        labels = np.concatenate([index.labels for index in found])
+        self.num_labelled = int((labels != NO_LABEL).sum())
+        self.labels = labels if self.num_labelled == len(labels) else None
         self.classes = None if self.labels is None else read_classes(os.path.dirname(shards[0]), self.labels)
+        self.max_open = may_stay_open(len(shards))
+
+    @property
+    def bounds(self) -> np.ndarray:
+        return self.starts
 
     def key(self, index: int) -> str:
         return f"{self.shard_names[self._shard(index)]}/{self.keys[index]}"
+
+    def place(self, index: int) -> str:
+        return f"{self.shards[self._shard(index)]} at byte {self.offsets[index]}: {self.keys[index]}"
+
+    def parts(self) -> dict[str, str]:
+        return dict(zip(self.shard_names, self.digests, strict=True))
 
     def read(self, index: int) -> bytes:
         shard, size, offset = self._shard(index), int(self.sizes[index]), int(self.offsets[index])
         try:
             data = self._pread(shard, size, offset)
         except OSError as error:
-            raise UserError(f"{self.shards[shard]}: cannot be read at byte {offset}: {error.strerror}") from error
+            raise BadImage(f"cannot be read at byte {offset}: {error.strerror}") from error
         if len(data) < size:
             raise UserError(f"{self.shards[shard]}: became shorter since it was opened: byte {offset + size} is gone")
         return data
@@ -136,15 +186,23 @@ class ShardSource(Source):
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         """Reads at a place without moving one: threads and forked processes may share a descriptor."""
-        if shard in self._descriptors:
-            return os.pread(self._descriptors[shard], size, offset)
+        opened = self._descriptors.get(shard)
+        if opened is not None:
+            return self._read_unchanged(shard, opened, size, offset)
         opened = os.open(self.shards[shard], os.O_RDONLY)
-        keep = len(self._descriptors) < MAX_OPEN_SHARDS and self._descriptors.setdefault(shard, opened) == opened
+        keep = len(self._descriptors) < self.max_open and self._descriptors.setdefault(shard, opened) == opened
         try:
-            return os.pread(opened, size, offset)
+            return self._read_unchanged(shard, opened, size, offset)
         finally:
             if not keep:
                 os.close(opened)
+
+    def _read_unchanged(self, shard: int, opened: int, size: int, offset: int) -> bytes:
+        data = os.pread(opened, size, offset)
+        # One that is shorter is told by its missing byte.
+        if len(data) == size and not is_current(self.stamps[shard], opened):
+            raise UserError(f"{self.shards[shard]}: was changed since it was opened; begin again with the new data")
+        return data
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_descriptors": {}}  # a descriptor means nothing in another process
@@ -154,19 +212,40 @@ class ShardSource(Source):
             os.close(descriptor)
 
 
+def may_stay_open(wanted: int) -> int:
+    """How many shards may stay open at once; asks the system for as many as are wanted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted + OTHER_FILES:
+        more = min(wanted + OTHER_FILES, hard) if hard != resource.RLIM_INFINITY else wanted + OTHER_FILES
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(more, soft), hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(min(wanted, soft - OTHER_FILES), 16)
+
+
 def open_source(path: str) -> Source:
     """Lists the images at `path` (see the head of this file). Raises UserError, one line naming what is wrong."""
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-        raise UserError(f"{path}: {scheme[0]} is not read, only local files; copy the shards to a local folder")
+    if path.startswith("datasets:"):
+        from ssl_global.data.huggingface import open_dataset  # an extra
+
+        return open_dataset(path)
+    shards = list_shards(path)
+    return FolderSource(path) if shards is None else ShardSource(path, shards)
+
+
+def list_shards(path: str) -> list[str] | None:
+    """The local .tar files that `path` stands for; None if it is a folder of images. Fetches remote ones."""
+    if path.startswith("datasets:"):
+        return None
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
+        return fetch(path)
     place = os.path.expanduser(path)
     if not os.path.isdir(place):
-        return ShardSource(path, expand(path, place))
+        return expand(path, place)
     shards = sorted(glob.glob(os.path.join(glob.escape(place), "*.tar")))
-    if not shards:
-        return FolderSource(path)
-    if any(True for _ in find_images(place)):
+    if shards and any(True for _ in find_images(place)):
         raise UserError(f"{path}: holds both .tar shards and image files; give {path.rstrip('/')}/*.tar or move one")
-    return ShardSource(path, shards)
+    return shards or None
 
 
 def expand(path: str, place: str) -> list[str]:
@@ -248,12 +327,19 @@ def relative_names(shards: list[str]) -> list[str]:
     return [Path(os.path.relpath(shard, shared)).as_posix() for shard in absolute]
 
 
-def join_labels(indexes: list[ShardIndex]) -> tuple[np.ndarray | None, int]:
-    """The labels if every image has one, and how many do."""
-    labels = [label for index in indexes for label in index.labels]
-    present = [label for label in labels if label is not None]
-    return (np.array(present, dtype=np.int64) if len(present) == len(labels) else None), len(present)
-
-
 def counted(number: int, word: str, words: str | None = None) -> str:
     return f"{number} {word if number == 1 else words or word + 's'}"
+
+
+def difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """What tells two sources' parts apart, in a line: "changed: train-000003.tar; missing: train-000009.tar"."""
+    said = {
+        "changed": [name for name in before if name in now and before[name] != now[name]],
+        "missing": [name for name in before if name not in now],
+        "new": [name for name in now if name not in before],
+    }
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in said.items() if names) or "in another order"

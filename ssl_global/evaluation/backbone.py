@@ -88,7 +88,7 @@ def of_encoder(name: str, encoder: Encoder, data: Data, device: torch.device) ->
         embed=lambda images: encoder.encode(images).summary,
         pixels=encoder.pixels,
         channels=encoder.channels,
-        mean=data.mean,
-        std=data.std,
+        mean=data.normalisation[0],
+        std=data.normalisation[1],
         width=encoder.width,
     )

@@ -6,18 +6,19 @@ N  images    D  width of the features
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ssl_global.data.decode import BadImage, decode
-from ssl_global.data.loader import num_workers, outlive_signals, serving
 from ssl_global.data.source import Source
+from ssl_global.data.statistics import evenly_spread
 from ssl_global.data.views import normalise, plain_view
+from ssl_global.data.workers import in_order, num_workers, workers
 from ssl_global.errors import UserError
 from ssl_global.recipe import Data
 
@@ -73,13 +74,12 @@ def extract(
     With torch.distributed running, each process does its share and all of them get everything; so all must call it.
     Images that cannot be read are left out and named in `bad`; more than data.max_bad_fraction of them: UserError.
     """
-    indices = evenly_spread(len(source), limit)
-    images = Images(source, share_of_this_process(indices), channels=data.channels, pixels=pixels)
-    workers = num_workers(data, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    indices = np.array(evenly_spread(len(source), limit))
+    share = share_of_this_process(indices)
     features, readable = [], []
     with torch.no_grad():
-        for batch_images, batch_readable in batches(images, batch=batch, workers=workers, device=device):
-            normal = normalise(batch_images.to(device, non_blocking=True), data.mean, data.std)
+        for batch_images, batch_readable in batches(source, share, data=data, pixels=pixels, batch=batch):
+            normal = normalise(batch_images.to(device), *data.normalisation)
             features.append(embed(normal).float())
             readable.append(batch_readable)
     x = of_all_processes(torch.cat(features), len(indices)).cpu()
@@ -156,42 +156,25 @@ def match_classes(train: list[str] | None, val: list[str] | None) -> Tensor | No
     return torch.tensor([train.index(name) for name in val])
 
 
-def evenly_spread(count: int, limit: int | None) -> np.ndarray:
-    """int64 indices into `count` things, `limit` of them at most; shards and folders are often sorted by class."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.arange(limit) * count // limit
+def batches(
+    source: Source, indices: np.ndarray, *, data: Data, pixels: int, batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images uint8 (B, C, pixels, pixels), readable uint8 (B,)) in the order of `indices`."""
 
-
-class Images(Dataset):
-    """(image uint8 (C, pixels, pixels), 1) of each index; (black, 0) where the image cannot be read."""
-
-    def __init__(self, source: Source, indices: np.ndarray, *, channels: int, pixels: int):
-        self.source, self.indices, self.channels, self.pixels = source, indices, channels, pixels
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def plain(index: int) -> tuple[Tensor, bool]:
+        """The image as it is evaluated; black where it cannot be read."""
         try:
-            image = decode(self.source.read(int(self.indices[position])), self.channels)
+            image = decode(source.read(index), data.channels, data.max_pixels)
         except (BadImage, UserError):
-            return torch.zeros(self.channels, self.pixels, self.pixels, dtype=torch.uint8), 0
-        return plain_view(image, self.pixels), 1
+            return torch.zeros(data.channels, pixels, pixels, dtype=torch.uint8), False
+        return plain_view(image, pixels), True
 
-
-def batches(images: Images, *, batch: int, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in order, decoded by worker processes that are gone when this ends, however it ends."""
-    loader = DataLoader(
-        images,
-        batch_size=batch,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    )
-    with serving(loader) as served:
-        for batch_images, readable in served:
-            yield batch_images, readable.to(torch.uint8)  # gloo gathers no bool
+    count = num_workers(data, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with workers(replace(data, worker_kind="threads"), count, plain) as submit:
+        served = in_order(submit, indices.tolist(), ahead=2 * batch if count else 0)
+        while taken := list(islice(served, batch)):
+            images, readable = zip(*taken, strict=True)
+            yield torch.stack(images), torch.tensor(readable, dtype=torch.uint8)  # gloo gathers no bool
 
 
 def num_processes() -> int:

@@ -28,11 +28,11 @@ class Extractor(Protocol):
 class Judge:
     """Evaluates a method's backbone during a run.
 
-    train  what the run learns from: the bank of the k-NN, if it has labels
+    train  what the run learns from: the bank of the k-NN, if it has labels; None: it cannot be looked at twice
     val    what is asked about; None: the health figures are of the training images, and nothing is known of accuracy
     """
 
-    def __init__(self, recipe: Recipe, train: Source, val: Source | None, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, train: Source | None, val: Source | None, device: torch.device) -> None:
         self.recipe = recipe
         self.train = train
         self.val = val
@@ -51,6 +51,8 @@ class Judge:
 
     def evaluate(self, method: Method, *, final: bool) -> dict[str, float]:
         """{"knn", "rankme", "feature_std"} of the first backbone; "linear" too if `final` and the recipe says so."""
+        if self.val is None and self.train is None:
+            return {}
         encoder = next(iter(method.backbones().values()))
         training = method.training
         method.eval()
@@ -58,7 +60,9 @@ class Judge:
         if self.has_labels():
             judged, x = self.accuracies(features_of, final=final)
         else:
-            judged, x = {}, features_of(self.val or self.train, limit=HEALTH_IMAGES).x
+            seen = self.val or self.train
+            assert seen is not None
+            judged, x = {}, features_of(seen, limit=HEALTH_IMAGES).x
         method.train(training)
         judged |= {"rankme": rankme(x), "feature_std": feature_std(x)}
         self.note(judged | {"width": float(encoder.width)})

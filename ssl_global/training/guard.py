@@ -86,28 +86,29 @@ class BadSamples:
         self.log = log
         self.num_samples = num_samples
         self.max_fraction = max_fraction
-        self.known: dict[str, str] = {}
+        lines = log.read_text().splitlines() if log.exists() else []  # of the run's earlier sessions
+        self.known = {line["sample"]: line["reason"] for line in map(json.loads, lines)}
         self.new: dict[str, str] = {}
-        self.lost = 0
+        self.lost: list[str] = []
 
-    def see(self, bad: list[tuple[str, str]], lost: int) -> None:
-        """What this process met in a batch; `lost` samples found no replacement."""
+    def see(self, bad: list[tuple[str, str]], lost: list[str]) -> None:
+        """What this process met in a batch; `lost` says why samples found no replacement."""
         self.new |= {key: reason for key, reason in bad if key not in self.known}
         self.lost += lost
 
     @property
     def to_share(self) -> bool:
         """Whether this process has something that the others do not know."""
-        return bool(self.new) or self.lost > 0
+        return bool(self.new or self.lost)
 
     def share(self) -> list[str]:
         """Tell all processes, which all must call it; returns what is newly known, as lines.
 
-        Raises UserError when there are too many.
+        Raises UserError when there are too many, or one that nothing can replace.
         """
-        everywhere: list[tuple[dict[str, str], int]] = [(self.new, self.lost)]
+        everywhere: list[tuple[dict[str, str], list[str]]] = [(self.new, self.lost)]
         if dist.is_initialized():
-            everywhere = [({}, 0)] * dist.get_world_size()
+            everywhere = [({}, [])] * dist.get_world_size()
             dist.all_gather_object(everywhere, (self.new, self.lost))
         found = {key: reason for new, _ in everywhere for key, reason in new.items() if key not in self.known}
         self.known |= found
@@ -115,7 +116,10 @@ class BadSamples:
         if found and (not dist.is_initialized() or dist.get_rank() == 0):
             with self.log.open("a") as file:
                 file.writelines(json.dumps({"sample": key, "reason": reason}) + "\n" for key, reason in found.items())
-        if len(self.known) > self.max_fraction * self.num_samples or any(lost for _, lost in everywhere):
+        if lost := list(dict.fromkeys(why for _, reasons in everywhere for why in reasons)):
+            more = f"\n  and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise UserError("the data cannot be read: " + "\n  ".join(lost[:3]) + more)
+        if len(self.known) > self.max_fraction * self.num_samples:
             listed = "".join(f"\n  {key}: {reason}" for key, reason in self.known.items())
             raise UserError(
                 f"data.max_bad_fraction = {self.max_fraction}: {len(self.known)} of {self.num_samples} samples cannot "

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -57,13 +56,13 @@ def train(run: Run) -> str | None:
         progress = Progress(step=state.step, num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch)
 
         # ---------------------------------------------------------------------------------------- one training step
-        with meter.waiting():
-            micro_batches = list(islice(run.batches, plan.accumulate))
         lr = set_rates(run.optimizer, recipe.optim, plan.global_batch, progress)
         seed_step(recipe.seed, state.step, accelerator.process_index)
         method.begin_step(progress)
         outputs = []
-        for part, loaded in enumerate(micro_batches):
+        for part in range(plan.accumulate):
+            with meter.waiting():
+                loaded = next(run.batches)
             run.bad_samples.see(loaded["bad"], loaded["lost"])
             last = part == plan.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 
-from ssl_global.command_line import Command
 from ssl_global.recipe import Recipe, flatten
 from ssl_global.training.checkpoint import versions
 from ssl_global.training.optim import peak_lr
 from ssl_global.training.plan import Plan
 
 
-def resolved(command: Command, overridden: dict[str, object]) -> list[str]:
+def resolved(recipe: Recipe, name: str, overridden: dict[str, object]) -> list[str]:
     """The recipe as it is run, a line for each part; what the command line changed has the recipe's value behind it."""
     parts: dict[str, list[str]] = {}
-    for name, value in flatten(command.settings).items():
-        part, _, field = name.rpartition(".")
-        was = f" (recipe: {overridden[name]})" if name in overridden else ""
+    for path, value in flatten(recipe).items():
+        part, _, field = path.rpartition(".")
+        was = f" (recipe: {overridden[path]})" if path in overridden else ""
         parts.setdefault(part or "run", []).append(f"{field} {value}{was}")
     width = max(map(len, parts))
-    return [f"recipe {command.recipe}", *(f"  {part:{width}}  {'  '.join(fields)}" for part, fields in parts.items())]
+    return [f"recipe {name}", *(f"  {part:{width}}  {'  '.join(fields)}" for part, fields in parts.items())]
 
 
 def arithmetic(plan: Plan, recipe: Recipe) -> list[str]:
@@ -32,7 +31,8 @@ def arithmetic(plan: Plan, recipe: Recipe) -> list[str]:
     optim = recipe.optim
     processes = "1 process" if plan.num_processes == 1 else f"{plan.num_processes} processes"
     peak = f"{optim.lr_per_256_images:g} x {plan.global_batch} / 256 = {peak_lr(optim, plan.global_batch):.4g}"
-    epochs = f"{plan.num_steps / plan.steps_per_epoch:.4g} epochs of {plan.num_images} images"
+    left_out = f" (of {plan.num_images})" if plan.epoch_images < plan.num_images else ""
+    epochs = f"{plan.num_steps / plan.steps_per_epoch:.4g} epochs of {plan.epoch_images} images{left_out}"
     return [
         f"batch  {processes} x {plan.accumulate} x {plan.micro_batch} images = {plan.global_batch} a step",
         f"length {plan.num_steps} steps = {epochs} ({plan.steps_per_epoch:.4g} steps each)",

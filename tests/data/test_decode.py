@@ -171,7 +171,7 @@ def test_bomb_is_bad_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> No
     side = int(MAX_PIXELS**0.5) + 1  # above what Pillow warns of, below what it refuses
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b""))
-    monkeypatch.setattr(decode_module, "upright", lambda image: pytest.fail("was decoded"))
+    monkeypatch.setattr(decode_module, "orientation", lambda image: pytest.fail("was decoded"))
     with pytest.raises(BadImage, match=f"{side} x {side} pixels, more than"):
         decode(bomb, 3)
 

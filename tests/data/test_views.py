@@ -20,6 +20,7 @@ from ssl_global.data.views import (
     GREY,
     HUE,
     NO_JITTER,
+    NUM_DRAWN,
     ORDER,
     ORDERS,
     SATURATION,
@@ -48,7 +49,21 @@ def row(**numbers) -> torch.Tensor:
 
 
 def painted(**numbers) -> torch.Tensor:
-    return paint_colours(PIXELS[None].float() / 255, row(**numbers))[0]
+    return coloured(PIXELS[None].float() / 255, row(**numbers))[0]
+
+
+def coloured(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    out = x.clone()
+    paint_colours(out, rows)
+    return out
+
+
+def crops_of(image: torch.Tensor, drawn, pixels: int) -> torch.Tensor:
+    """What cut writes, into memory that is full of something else."""
+    shape = (len(drawn.boxes), pixels, pixels, image.shape[0])
+    out = torch.full(shape, 77, dtype=torch.uint8).permute(0, 3, 1, 2)
+    cut(image, drawn, out)
+    return out
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.3])
@@ -107,10 +122,10 @@ def test_a_whole_chain_in_any_order_is_near_pils(order):
 def test_only_the_chosen_images_are_touched_each_with_its_own_numbers():
     x = PIXELS[None].float().div(255).repeat(4, 1, 1, 1)
     rows = torch.cat([row(), row(order=3, brightness=0.5), row(order=9, hue=0.1), row(sigma=2.0)])
-    together = paint_colours(x, rows)
+    together = coloured(x, rows)
     assert torch.equal(together[0], x[0])
     for number in (1, 2, 3):
-        torch.testing.assert_close(together[number], paint_colours(x[:1], rows[number : number + 1])[0])
+        torch.testing.assert_close(together[number], coloured(x[:1], rows[number : number + 1])[0])
         assert not torch.equal(together[number], x[number])
 
 
@@ -124,16 +139,17 @@ def test_paint_gives_views_in_order_and_normalises():
     assert torch.equal(normalise(crops[0], mean, std)[0], first[0])
 
 
-def test_grey_images_pass_through_everything():
-    x = torch.rand(2, 1, 20, 20)
-    out = paint_colours(x, torch.cat([row(order=5, brightness=0.7, contrast=1.2, hue=0.1, grey=1, sigma=1)] * 2))
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_grey_images_and_many_bands_pass_through_everything(channels):
+    x = torch.rand(2, channels, 20, 20)
+    out = coloured(x, torch.cat([row(order=5, brightness=0.7, contrast=1.2, hue=0.1, grey=1, sigma=1)] * 2))
     assert out.shape == x.shape
     assert out.isfinite().all()
 
 
 @given(height=st.integers(1, 300), width=st.integers(1, 300), low=st.floats(0.01, 1), seed=st.integers(0, 99))
 def test_boxes_lie_inside_any_image(height, width, low, seed):
-    top, left, h, w = draw_box((height, width), (low, 1.0), stream(0, 0, seed))
+    top, left, h, w = draw_box((height, width), (low, 1.0), stream(0, 0, seed).random(NUM_DRAWN).tolist())
     assert h >= 1
     assert w >= 1
     assert 0 <= top <= height - h
@@ -148,7 +164,7 @@ def test_boxes_are_distributed_as_torchvisions(area, size):
     torch.manual_seed(0)
     image = torch.empty(1, *size)
     theirs = np.array([RandomResizedCrop.get_params(image, list(area), [3 / 4, 4 / 3]) for _ in range(count)], float)
-    ours = np.array([draw_box(size, area, stream(0, 9, number)) for number in range(count)], float)
+    ours = np.array([draw_box(size, area, stream(0, 9, n).random(NUM_DRAWN).tolist()) for n in range(count)], float)
     for figure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
         a, b = np.sort(figure(ours)), np.sort(figure(theirs))
         both = np.concatenate([a, b])
@@ -183,7 +199,7 @@ def test_probabilities_are_as_set():
 
 def test_cut_is_torchvisions_resized_crop():
     drawn = draw(DINO, (96, 128), stream(3, 2))
-    ours = cut(PIXELS, drawn, 32)
+    ours = crops_of(PIXELS, drawn, 32)
     for view, (top, left, h, w), flip in zip(ours, drawn.boxes, drawn.flips, strict=True):
         expected = tv.resized_crop(
             PIXELS, top, left, h, w, [32, 32], interpolation=tv.InterpolationMode.BICUBIC, antialias=True

@@ -38,7 +38,7 @@ def photographs(tmp_path_factory) -> Path:
 def run(photographs):
     """run(method, out, *more) trains in this process and returns the run's folder."""
 
-    def train(method: str, out: Path, *more: str, data: Path = photographs) -> Path:
+    def train(method: str, out: Path, *more: str, data: Path | str = photographs) -> Path:
         main(arguments(method, data, out, *more))
         AcceleratorState._reset_state(True)
         return out

@@ -29,20 +29,32 @@ def test_only_bad_steps_in_a_row_count():
 
 def test_bad_samples_are_counted_once_and_logged(tmp_path):
     samples = BadSamples(tmp_path / "bad.jsonl", num_samples=10, max_fraction=0.2)
-    samples.see([("a", "torn"), ("b", "empty")], 0)
+    samples.see([("a", "torn"), ("b", "empty")], [])
     assert samples.to_share
     assert samples.share() == ["a: torn", "b: empty"]
-    samples.see([("a", "torn")], 0)
+    samples.see([("a", "torn")], [])
     assert not samples.to_share
     lines = (tmp_path / "bad.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == ["a", "b"]
-    samples.see([("c", "torn")], 0)
+    samples.see([("c", "torn")], [])
     with pytest.raises(UserError, match=r"3 of 10 samples cannot be read.*allow 0.3 or more:\n  a: torn\n  b: empty\n"):
         samples.share()
 
 
 def test_a_sample_without_replacement_stops_at_any_fraction(tmp_path):
     samples = BadSamples(tmp_path / "bad.jsonl", num_samples=10, max_fraction=1)
-    samples.see([("a", "torn")], 1)
-    with pytest.raises(UserError, match="1 of 10 samples cannot be read"):
+    samples.see([("a", "torn")], [f"{key} cannot be read" for key in "aabcde"])
+    with pytest.raises(UserError, match=r"the data cannot be read: a cannot be read\n  b .*\n  c .*\n  and 2 more$"):
         samples.share()
+
+
+def test_what_earlier_sessions_met_still_counts(tmp_path):
+    first = BadSamples(tmp_path / "bad.jsonl", num_samples=10, max_fraction=0.2)
+    first.see([("a", "torn"), ("b", "empty")], [])
+    first.share()
+    later = BadSamples(tmp_path / "bad.jsonl", num_samples=10, max_fraction=0.2)
+    later.see([("a", "torn")], [])
+    assert not later.to_share
+    later.see([("c", "torn")], [])
+    with pytest.raises(UserError, match="3 of 10 samples cannot be read"):
+        later.share()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
 from ssl_global.errors import UserError
+from ssl_global.recipe import Data
 from ssl_global.training.plan import plan_run
 
 MAE = load_recipe("mae", "recipe")
@@ -32,6 +33,25 @@ def test_the_parts_make_the_whole(processes, micro, accumulate, images):
     plan = plan_run(recipe, num_images=images, num_processes=processes)
     assert plan.num_processes * plan.accumulate * plan.micro_batch == plan.global_batch == recipe.train.global_batch
     assert plan.steps_per_epoch * plan.global_batch == pytest.approx(images)
+
+
+def test_the_rest_of_an_epoch_may_be_left_out():
+    recipe = replace(train(global_batch=12, epochs=50), data=Data(last_batch="drop"))
+    plan = plan_run(recipe, num_images=50, num_processes=1)
+    assert (plan.epoch_images, plan.steps_per_epoch, plan.num_steps) == (48, 4, 200)
+    repeated = replace(recipe, data=Data(last_batch="drop", repeats=3))  # a step takes four samples
+    assert plan_run(repeated, num_images=50, num_processes=1).epoch_images == 48
+    assert plan_run(repeated, num_images=55, num_processes=1).epoch_images == 52
+    with pytest.raises(UserError, match=r"data\.last_batch = drop: 11 images are less than a step"):
+        plan_run(recipe, num_images=11, num_processes=1)
+
+
+def test_repeats_divide_what_a_process_takes_at_once():
+    recipe = replace(train(global_batch=24, micro_batch=6), data=Data(repeats=2))
+    assert plan_run(recipe, num_images=5000, num_processes=2).micro_batch == 6
+    for repeats, words in ((5, "must divide train.global_batch = 24"), (4, "at once, 6 images")):
+        with pytest.raises(UserError, match=f"data.repeats = {repeats}: .*{words}"):
+            plan_run(replace(recipe, data=Data(repeats=repeats)), num_images=5000, num_processes=2)
 
 
 def test_steps_and_epochs():

@@ -1,0 +1,126 @@
+"""Images of a dataset of Hugging Face's `datasets`, downloaded once by that library and then read from its Arrow files.
+
+    datasets:beans                     a dataset of the hub, its split "train"
+    datasets:cifar10@test              another split
+    datasets:owner/name:config@train   one of several configurations
+    datasets:/data/saved@train         what Dataset.save_to_disk or DatasetDict.save_to_disk wrote
+
+The library is an extra: pip install 'ssl_global[huggingface]'.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_global.data.decode import BadImage
+from ssl_global.data.source import Source, counted
+from ssl_global.errors import UserError
+
+LABELS = ("label", "labels", "cls")  # columns that may hold the class
+
+
+class HuggingFaceSource(Source):
+    """The rows of one split, in its order. Encoded images are read straight from the Arrow table."""
+
+    def __init__(self, path: str, dataset: Any, split: str) -> None:
+        self.path = path
+        self.split = split
+        column = image_column(path, dataset)
+        dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        # Each chunk is one record batch of the file: to find a row in few large ones takes two steps.
+        self.images = dataset.data.column(column).combine_chunks()
+        self.images = self.images.chunk(0) if hasattr(self.images, "num_chunks") else self.images
+        self.sizes = sizes_of(self.images)
+        self.labels, self.classes = labels_of(dataset)
+
+    def key(self, index: int) -> str:
+        return f"{self.split}/{index:09d}"
+
+    def read(self, index: int) -> bytes:
+        image = self.images[index].as_py()
+        if image is None or (image.get("bytes") is None and image.get("path") is None):
+            raise BadImage("there is no image in this row")
+        if image.get("bytes") is not None:
+            data: bytes = image["bytes"]
+            return data
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{image['path']} cannot be read: {error.strerror}") from error
+
+    def describe(self) -> str:
+        return f"{counted(len(self), 'image')} of {self.path}, {self.describe_labels()}"
+
+
+def open_dataset(address: str) -> HuggingFaceSource:
+    """The images at `address` (see the head of this file). Raises UserError, one line naming what is wrong."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{address}: needs the package datasets; pip install 'ssl_global[huggingface]'") from error
+    rest, _, split = address.removeprefix("datasets:").partition("@")
+    split = split or "train"
+    try:
+        if os.path.isdir(rest) and is_saved(Path(rest)):
+            loaded = datasets.load_from_disk(rest)
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    raise UserError(f"{address}: there is no split {split}; there are {', '.join(loaded)}")
+                loaded = loaded[split]
+        else:
+            name, _, config = rest.partition(":")
+            loaded = datasets.load_dataset(name, config or None, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, the network, the builder: each has its own kinds
+        raise UserError(f"{address}: {type(error).__name__}: {error}".splitlines()[0]) from error
+    if not len(loaded):
+        raise UserError(f"{address}: there is no row in this split")
+    return HuggingFaceSource(address, loaded, split)
+
+
+def is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def image_column(path: str, dataset: Any) -> str:
+    from datasets import Image
+
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if len(columns) > 1 and "image" in columns:
+        return "image"
+    if len(columns) != 1:
+        found = f"several columns of images: {', '.join(columns)}" if columns else "no column of images"
+        raise UserError(f"{path}: {found}; one named image is used (columns: {', '.join(dataset.column_names)})")
+    return columns[0]
+
+
+def sizes_of(images: Any) -> np.ndarray:
+    """int64 (N,): bytes of each image, from the Arrow table's own lengths; of a file where only its path is kept."""
+    import pyarrow.compute as pc
+
+    lengths = pc.binary_length(pc.struct_field(images, "bytes"))
+    sizes: np.ndarray = pc.fill_null(lengths, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    for row in np.flatnonzero(sizes < 0).tolist():
+        image = images[row].as_py()
+        path = image and image.get("path")
+        sizes[row] = os.path.getsize(path) if path and os.path.isfile(path) else 0
+    return sizes
+
+
+def labels_of(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
+    """Of the column of classes, if there is one and every row has one."""
+    from datasets import ClassLabel
+
+    classed = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    plain = [name for name in LABELS if str(getattr(dataset.features.get(name), "dtype", "")).startswith("int")]
+    if not (classed or plain):
+        return None, None
+    name = next((label for label in LABELS if label in classed), (classed or plain)[0])
+    labels = dataset.data.column(name).to_numpy()
+    if labels.dtype.kind == "f" or labels.dtype == object or labels.min() < 0:  # None, or -1: not labelled
+        return None, None
+    names = dataset.features[name].names if classed else None
+    return labels.astype(np.int64), names

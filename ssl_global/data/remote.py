@@ -1,0 +1,250 @@
+"""Shards at s3://, gs://, hf://, https:// and wherever else fsspec reaches: brought to a local folder, then read there.
+
+    CACHE/shards/<hash>-<folder>/train-000000.tar          whole, or not there
+    CACHE/shards/<hash>-<folder>/train-000000.tar.remote   what the server said of it: by it a changed one is known
+    CACHE/shards/<hash>-<folder>/url.txt                   where the folder's files are from
+
+All shards of a run must fit on the disk, because a shuffled epoch touches them all from its first batch on; for what
+does not fit there is `--data.reader stream`. A later run downloads only what is new or has changed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types lack the error
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from ssl_global.data.cache import alone, cache_folder
+from ssl_global.errors import UserError
+
+AT_ONCE = 8  # downloads (ours)
+TRIES = 3  # of each (ours)
+PAUSE_SECONDS = 1.0  # before the second try, and double that before the third (ours)
+PIECE_BYTES = 2**20
+VERSIONS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "mtime", "LastModified", "last_modified", "created")
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
+BESIDE = ("classes.json", "*-summary.json")  # small files of the shards' folder that are wanted too
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file that is wanted."""
+
+    url: str
+    system: AbstractFileSystem
+    path: str  # in that system
+    local: Path
+    size: int | None  # bytes; None where the server does not say
+    version: str  # as the server has it, or ""
+
+    @property
+    def note(self) -> Path:
+        return self.local.with_name(f"{self.local.name}.remote")
+
+    def said(self) -> dict[str, Any]:
+        return {"size": self.size, "version": self.version}
+
+    def is_here(self) -> bool:
+        try:
+            return self.local.is_file() and json.loads(self.note.read_text()) == self.said()
+        except (OSError, ValueError):
+            return False
+
+
+def fetch(pattern: str, cache: Path | None = None, *, progress: bool = True) -> list[str]:
+    """Local paths of the shards that `pattern` names, in its order.
+
+    pattern   braces name files that must be there, a glob those that are, a folder's address all .tar files in it
+
+    Raises UserError, one line with the address, for what cannot be found, listed, downloaded or stored.
+    """
+    if pattern.startswith("pipe:"):
+        raise UserError(f"{pattern}: a pipe cannot be indexed; read it with --data.reader stream")
+    folder = (cache or cache_folder()) / "shards"
+    try:
+        words = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UserError(f"{pattern}: a brace is not closed; write {{000..099}}") from error
+    shards = [shard for word in words for shard in wanted(word, folder)]
+    extras = [extra for word in dict.fromkeys(map(posixpath.dirname, words)) for extra in beside(word, folder)]
+    missing = [file for file in dict.fromkeys([*shards, *extras]) if not file.is_here()]
+    if missing:
+        check_space(missing, folder)
+        download_all(missing, visible=progress)
+    return [str(shard.local) for shard in shards]
+
+
+# ------------------------------------------------------------------------------------------------------------- looking
+
+
+@contextlib.contextmanager
+def named(url: str) -> Iterator[None]:
+    """Whatever a file system raises, as one line with the address."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except ImportError as error:
+        scheme = url.partition(":")[0]
+        package = PACKAGES.get(scheme, f"fsspec's package for {scheme}")
+        raise UserError(f"{url}: needs the package {package}; pip install {package}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{url}: there is no such file") from error
+    except Exception as error:
+        if "Protocol not known" in str(error):
+            known = ", ".join(sorted(PACKAGES))
+            raise UserError(f"{url}: an unknown scheme; there are {known} and what fsspec knows") from error
+        raise UserError(f"{url}: {type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def wanted(word: str, folder: Path) -> list[Remote]:
+    """What one word of the pattern, after its braces, stands for."""
+    with named(word):
+        system, path = url_to_fs(word)
+        if re.search(r"[*?\[]", word):
+            return [look(system, found, folder, word) for found in listed(system, path, word)]
+        if word.endswith(".tar"):
+            return [look(system, path, folder, word)]
+        return [look(system, found, folder, word) for found in listed(system, f"{path.rstrip('/')}/*.tar", word)]
+
+
+def listed(system: AbstractFileSystem, path: str, word: str) -> list[str]:
+    try:
+        found = sorted(system.glob(path))
+    except Exception as error:
+        raise UserError(f"{word}: cannot be listed ({error}); write braces, like {{000..099}}.tar") from error
+    if not found:
+        raise UserError(f"{word}: no shard there, or it cannot be listed; write braces, like {{000..099}}.tar")
+    return [str(name) for name in found]
+
+
+def look(system: AbstractFileSystem, path: str, folder: Path, word: str) -> Remote:
+    url = system.unstrip_protocol(path)
+    name = posixpath.basename(path)
+    if not name or name.startswith(".") or "\\" in name or "\0" in name:
+        raise UserError(f"{url}: {name!r} is no name for a local file")
+    with named(url):
+        info = system.info(path)
+    size = info.get("size")
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    return Remote(url, system, path, folder / local_folder(posixpath.dirname(url)) / name, size, version)
+
+
+def local_folder(url: str) -> str:
+    """Of two addresses never the same, and readable: "3f2a9c01-bucket-imagenet"."""
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-.")[-60:]
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{readable}"
+
+
+def beside(word: str, folder: Path) -> list[Remote]:
+    """The small files there; where they are not or cannot be listed, the shards do without them."""
+    found = []
+    for name in BESIDE:
+        with contextlib.suppress(Exception):
+            system, path = url_to_fs(f"{word}/{name}")
+            paths = system.glob(path) if "*" in name else [path]
+            found += [look(system, str(one), folder, word) for one in paths]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- downloading
+
+
+def check_space(missing: list[Remote], folder: Path) -> None:
+    needed = sum(file.size or 0 for file in missing)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}; set XDG_CACHE_HOME") from error
+    if needed > free:
+        raise UserError(
+            f"{folder}: {decimal(free)} are free there, but the shards need {decimal(needed)} more; set XDG_CACHE_HOME "
+            "to a larger disk, or read them with --data.reader stream"
+        )
+
+
+def download_all(missing: list[Remote], *, visible: bool) -> None:
+    total = sum(file.size or 0 for file in missing)
+    console = Console(stderr=True, quiet=not visible)
+    columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    if not console.is_terminal:
+        console.print(f"fetching {len(missing)} files, {decimal(total)}, from {posixpath.dirname(missing[0].url)}")
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+        ThreadPoolExecutor(AT_ONCE, "fetch") as pool,
+    ):
+        task = bar.add_task("fetching", total=total or None)
+        begun = [pool.submit(download, file, lambda count: bar.advance(task, count)) for file in missing]
+        try:
+            for done in as_completed(begun):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def download(file: Remote, tell: Callable[[int], object]) -> None:
+    """Once on this machine: another process that wants the same file waits, and finds it."""
+    try:
+        file.local.parent.mkdir(parents=True, exist_ok=True)
+        (file.local.parent / "url.txt").write_text(posixpath.dirname(file.url) + "\n")
+        with alone(file.local.with_name(f".{file.local.name}.lock")):
+            if not file.is_here():
+                try_to_download(file, tell)
+    except OSError as error:
+        raise UserError(f"{file.local}: cannot be written: {error.strerror or error}") from error
+
+
+def try_to_download(file: Remote, tell: Callable[[int], object]) -> None:
+    unfinished = file.local.with_name(f"{file.local.name}.unfinished")
+    for attempt in range(1, TRIES + 1):
+        try:
+            copy(file, unfinished, tell)
+            break
+        except UserError as error:
+            unfinished.unlink(missing_ok=True)
+            if attempt == TRIES:
+                raise UserError(f"{error} (tried {TRIES} times)") from error
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    unfinished.rename(file.local)
+    file.note.write_text(json.dumps(file.said()))
+
+
+def copy(file: Remote, unfinished: Path, tell: Callable[[int], object]) -> None:
+    """All bytes, flushed to the disk. Trouble with the server is a UserError, with the disk an OSError."""
+    copied = 0
+    with unfinished.open("wb") as into:
+        for piece in pieces(file):
+            into.write(piece)
+            copied += len(piece)
+            tell(len(piece))
+        into.flush()
+        os.fsync(into.fileno())
+    if file.size is not None and copied != file.size:
+        tell(-copied)
+        raise UserError(f"{file.url}: {copied} bytes came, the server says it has {file.size}")
+
+
+def pieces(file: Remote) -> Iterator[bytes]:
+    with named(file.url), file.system.open(file.path, "rb", cache_type="none") as remote:
+        while piece := remote.read(PIECE_BYTES):
+            yield piece
