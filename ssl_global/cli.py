@@ -24,10 +24,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ssl_global.command_line import find
 from ssl_global.data.doctor import advice, diagnose
-from ssl_global.data.pack import describe as describe_packed
 from ssl_global.data.pack import pack as pack_shards
 from ssl_global.data.sample import built_in_sample
 from ssl_global.data.source import open_source
+from ssl_global.data.summary import describe as describe_packed
 from ssl_global.errors import UserError
 from ssl_global.evaluation import features as f
 from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder

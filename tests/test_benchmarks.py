@@ -12,7 +12,7 @@ from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"data": ["--rounds", "1", "--samples", "3000"], "shuffle": ["--shards", "9"]}
+SMALL = {"data": ["--rounds", "1", "--samples", "3000"], "shuffle": ["--shards", "9"], "soak": ["--samples", "3000"]}
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

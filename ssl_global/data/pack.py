@@ -16,53 +16,41 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tarfile
 import time
-import traceback
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
-import tifffile
-from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
 from rich.filesize import decimal
-from torch import Tensor
 
-from ssl_global.data.decode import FORMATS, BadImage, decode
+from ssl_global.data.decode import BadImage
+from ssl_global.data.examine import QUALITY, examine
+from ssl_global.data.files import as_json, read_json, whole, write_if_new, write_whole, writing
+from ssl_global.data.forked import in_processes
 from ssl_global.data.progress import report
 from ssl_global.data.shards import BLOCK
 from ssl_global.data.source import Source, counted
+from ssl_global.data.summary import Figures, by_class, duplicates, printable, shards_named, spread
 from ssl_global.data.workers import MOST_WORKERS, num_cores
 from ssl_global.errors import UserError, wrong
 
-QUALITY = 92  # of JPEG (ours)
 MIN_RESIZE = 16  # pixels: one patch (ours)
 IMAGES_TO_ESTIMATE = 64  # by which new sizes are foretold (ours)
 MOST_LISTED = 1000  # broken images and duplicates named in the summary; all are counted (ours)
 SECONDS_TO_WAIT = 10.0  # for the workers of a call that was killed: they end with the image at hand (ours)
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
-GREY = frozenset(("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I", "F"))  # Pillow's modes
-MAX_JPEG_SIDE = 65500  # libjpeg's JPEG_MAX_DIMENSION
-TIFF_BANDS = 277  # the tag SamplesPerPixel
 
 END_MARK = 2 * BLOCK  # of a .tar
-SHARD_NUMBER = r"-\d{6,}\.tar"
 MAX_NAME = 100  # characters: file systems take 255 (ours)
-FEW = 3  # broken images and duplicates that are named to people (ours)
 
 
 @dataclass(frozen=True)
@@ -182,11 +170,6 @@ def prepare_folder(source: Source, out: Path, name: str, note: Path) -> None:
             raise UserError(f"{classes}: names other classes than these images; give another folder for the shards")
 
 
-def shards_named(folder: Path, name: str) -> list[Path]:
-    pattern = re.compile(re.escape(name) + SHARD_NUMBER)
-    return sorted(folder / file for file in os.listdir(folder) if pattern.fullmatch(file))
-
-
 @contextlib.contextmanager
 def alone(note: Path) -> Iterator[None]:
     """Waits for workers that a killed call left, and keeps a second call out. Leaves no empty note behind."""
@@ -276,142 +259,7 @@ def check_space(job: Job, missing: list[int], sizes: np.ndarray) -> None:
         raise UserError(f"{job.out}: {decimal(free)} are free there, but the shards need {decimal(needed)} more")
 
 
-# ----------------------------------------------------------------------------------------------------------- one image
-
-
-class Examined(NamedTuple):
-    """An image as it will be packed."""
-
-    data: bytes
-    format: str
-    mode: str  # as Pillow names it, or "13 bands"
-    height: int  # upright
-    width: int
-    moments: np.ndarray | None  # (2, 3): mean of each channel in 0..1, and of its square; None if it has no colours
-
-
-class Header(NamedTuple):
-    format: str
-    mode: str
-    all_bands: bool  # whether Pillow sees all that the file has
-
-
-def examine(data: bytes, resize: int | None, quality: int | None) -> Examined:
-    """Decodes an image and shrinks it if it is to be. Raises BadImage."""
-    header = read_header(data)
-    if header is None:
-        return examine_bands(data)
-    pixels = decode(data, 1 if header.mode in GREY else 3)
-    if header.all_bands and (size := new_size(pixels, resize, quality)):
-        image = as_pillow(pixels)
-        data = as_jpeg(image, size, quality or QUALITY)
-        header, pixels = Header("JPEG", image.mode, True), decode(data, 3)
-    height, width = pixels.shape[1:]
-    return Examined(data, header.format, header.mode, height, width, moments(pixels))
-
-
-def read_header(data: bytes) -> Header | None:
-    """None if Pillow does not know it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd files
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                # A TIFF of red, green, blue and infrared is RGB to Pillow.
-                extra = isinstance(image, TiffImageFile) and image.tag_v2.get(TIFF_BANDS, 1) > len(image.getbands())
-                # An MPO is a camera's JPEG with a preview behind it.
-                return Header("JPEG" if image.format == "MPO" else str(image.format), image.mode, not extra)
-    except Exception:  # on damaged bytes parsers raise whatever they stumble over; decode has the words for it
-        return None
-
-
-def examine_bands(data: bytes) -> Examined:
-    """What is neither grey nor colour, such as a satellite's TIFF of 13 bands, is packed as it is."""
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            bands = int(file.pages.first.samplesperpixel)
-    except Exception:
-        bands = 3
-    pixels = decode(data, bands)
-    if bands in (1, 3):
-        raise BadImage("its header cannot be read")
-    height, width = pixels.shape[1:]
-    return Examined(data, "TIFF", f"{bands} bands", height, width, None)
-
-
-def new_size(pixels: Tensor, resize: int | None, quality: int | None) -> tuple[int, int] | None:
-    """(width, height) of the JPEG that it becomes; None if it stays as it is."""
-    height, width = pixels.shape[1:]
-    shorter = min(height, width)
-    if resize is not None and shorter > resize:
-        width, height = (round(side * resize / shorter) for side in (width, height))
-    elif resize is not None or quality is None:
-        return None
-    return (width, height) if max(width, height) <= MAX_JPEG_SIDE else None
-
-
-def as_pillow(pixels: Tensor) -> Image.Image:
-    array = pixels.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def as_jpeg(image: Image.Image, size: tuple[int, int], quality: int) -> bytes:
-    """With colours at full resolution (4:4:4): they were halved once in the camera, and views enlarge small parts."""
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality, subsampling="4:4:4")
-    return file.getvalue()
-
-
-def moments(pixels: Tensor) -> np.ndarray:
-    """(2, 3): from how often each value occurs, so the sums are exact."""
-    counts = np.array(as_pillow(pixels).histogram(), dtype=np.int64).reshape(-1, 256)
-    values = np.arange(256)
-    sums = np.stack([counts @ values, counts @ values**2])
-    return np.broadcast_to(sums / (counts[0].sum() * np.array([[255], [255**2]])), (2, 3))
-
-
 # ----------------------------------------------------------------------------------------------------------- one shard
-
-
-@dataclass
-class Figures:
-    """A shard's share of the summary: sums over its images, in their order."""
-
-    images: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    modes: Counter[str] = field(default_factory=Counter)
-    widths: Counter[int] = field(default_factory=Counter)
-    heights: Counter[int] = field(default_factory=Counter)
-    labels: Counter[int] = field(default_factory=Counter)
-    measured: int = 0  # images that have colours
-    moments: list[list[float]] = field(default_factory=lambda: [[0.0] * 3, [0.0] * 3])
-    digests: list[str] = field(default_factory=list)  # of the source's bytes, of each image that is not broken
-    broken: list[tuple[int, str]] = field(default_factory=list)  # (number, reason)
-
-    def add(self, image: Examined, digest: str, label: int | None) -> None:
-        self.images += 1
-        self.formats[image.format] += 1
-        self.modes[image.mode] += 1
-        self.widths[image.width] += 1
-        self.heights[image.height] += 1
-        if label is not None:
-            self.labels[label] += 1
-        if image.moments is not None:
-            self.measured += 1
-            self.moments = (np.array(self.moments) + image.moments).tolist()
-        self.digests.append(digest)
-
-    def join(self, later: "Figures") -> None:
-        """Adds another shard's, read from its file, where a Counter's numbers have become words; no digests."""
-        self.images += later.images
-        self.measured += later.measured
-        self.moments = (np.array(self.moments) + later.moments).tolist()
-        self.formats.update(later.formats)
-        self.modes.update(later.modes)
-        for name in ("widths", "heights", "labels"):
-            getattr(self, name).update({int(value): count for value, count in getattr(later, name).items()})
-        self.broken += later.broken
 
 
 def write_shard(job: Job, number: int, tell: Callable[[], None]) -> None:
@@ -453,15 +301,6 @@ def without_addresses(reason: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", reason)  # they would be others in each run
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
-
-Told: TypeAlias = Literal["next", "image"]  # by a worker: that it wants its next item; that an image is done
-
-
-class Deserted(Exception):  # noqa: N818 - a worker's reason to end: nobody listens any more
-    pass
-
-
 def write_shards(job: Job, missing: list[int], processes: int, progress: bool) -> None:
     done_before = len(job.source) - sum(len(job.shards[number]) for number in missing)
     # The workers are forked before the bar has its thread.
@@ -472,87 +311,6 @@ def write_shards(job: Job, missing: list[int], processes: int, progress: bool) -
         done(done_before)
         for count, _ in enumerate(told, done_before + 1):
             done(count)
-
-
-@contextlib.contextmanager
-def in_processes(
-    function: Callable[[int, Callable[[], None]], None], items: Sequence[int], processes: int
-) -> Iterator[Iterator[None]]:
-    """`function(item, tell)` for every item, in forked processes; what is given yields each time one of them tells.
-
-    They are gone when this ends, however it ends: each finds its pipe closed when next it tells. So they go, too, if
-    this process is killed.
-    """
-    context = multiprocessing.get_context("fork")
-    workers: dict[Connection, Any] = {}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C reaches all, and is for the parent
-    try:
-        for _ in range(min(processes, len(items))):
-            here, there = context.Pipe()
-            worker = context.Process(target=work, args=(function, there, [*workers, here]), daemon=True)
-            worker.start()
-            workers[here] = worker
-            there.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield hand_out(items, workers)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for pipe in workers:
-            pipe.close()
-        for worker in workers.values():
-            worker.join()
-
-
-def hand_out(items: Sequence[int], workers: dict[Connection, Any]) -> Iterator[None]:
-    waiting, busy = iter(items), dict(workers)
-    while busy:
-        for pipe in wait(list(busy)):
-            assert isinstance(pipe, Connection)
-            try:
-                told = pipe.recv()
-                if told == "next":
-                    pipe.send(item := next(waiting, None))
-                    if item is None:
-                        del busy[pipe]
-            except (EOFError, ConnectionError) as error:
-                busy[pipe].join()
-                hint = "-9: was the memory full? give fewer processes"
-                raise UserError(
-                    f"a worker process ended with code {busy[pipe].exitcode} ({hint}); the same call goes on"
-                ) from error
-            if isinstance(told, Exception):
-                raise told
-            if told == "image":
-                yield
-
-
-def work(function: Callable[[int, Callable[[], None]], None], pipe: Connection, others: list[Connection]) -> None:
-    """A worker's life. `others` are the parent's ends of the pipes: while a copy is open, no end is noticed."""
-    for other in others:
-        other.close()
-    with contextlib.suppress(Deserted):
-        try:
-            while (item := ask(pipe)) is not None:
-                function(item, partial(tell, pipe, "image"))
-        except UserError as error:
-            tell(pipe, error)
-        except Exception:
-            tell(pipe, RuntimeError(traceback.format_exc()))
-
-
-def ask(pipe: Connection) -> int | None:
-    tell(pipe, "next")
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionError) as error:
-        raise Deserted from error
-
-
-def tell(pipe: Connection, what: Told | Exception) -> None:
-    try:
-        pipe.send(what)
-    except ConnectionError as error:
-        raise Deserted from error
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -611,150 +369,3 @@ def summarise(job: Job) -> dict[str, Any]:
         "num_broken": len(total.broken),
         "num_duplicates": len(same),
     }
-
-
-def duplicates(images: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """int64 (M, 2): each image, int64 (N,), whose digest, uint64 (N, 2), an earlier one has, and the first of these."""
-    order = np.lexsort(digests.T)  # stable: equal ones stay in the order of their images
-    ordered = digests[order]
-    again = np.append([False], (ordered[1:] == ordered[:-1]).all(axis=1))[: len(order)]
-    first = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))
-    pairs = images[np.stack([order, order[first]], axis=1)[again]]
-    return pairs[np.argsort(pairs[:, 0])]
-
-
-def spread(counts: Counter[int]) -> dict[str, float] | None:
-    if not counts:
-        return None
-    values = np.array(sorted(counts))
-    median = float(np.median(np.repeat(values, [counts[value] for value in values.tolist()])))
-    return {"min": int(values[0]), "median": median, "max": int(values[-1])}
-
-
-def by_class(source: Source, labels: Counter[int]) -> dict[str, int] | None:
-    if source.labels is None:
-        return None
-    if source.classes is None:
-        return {str(label): labels[label] for label in sorted(labels)}
-    return {name: labels[label] for label, name in enumerate(source.classes)}
-
-
-def read_summary(shards: Sequence[str]) -> dict[str, Any] | None:
-    """Number of images, mean and deviation of these shards, as `pack` wrote them down.
-
-    None if one of them has no summary beside it, or if they are not all that it is of.
-    """
-    packs: dict[tuple[Path, str], set[Path]] = {}
-    for shard in map(Path, map(os.path.abspath, shards)):
-        if not (parts := re.fullmatch("(.+)" + SHARD_NUMBER, shard.name)):
-            return None
-        packs.setdefault((shard.parent, parts[1]), set()).add(shard)
-    found = [summary_of(folder, name, members) for (folder, name), members in sorted(packs.items())]
-    summaries = [summary for summary in found if summary is not None]
-    if not summaries or len(summaries) < len(found):
-        return None
-    images = np.array([summary["images"] for summary in summaries])
-    means, stds = (np.array([summary[name] for summary in summaries]) for name in ("mean", "std"))
-    mean = images @ means / images.sum()
-    # Each pack's deviation is around its own mean.
-    std = np.sqrt(images @ (stds**2 + (means - mean) ** 2) / images.sum())
-    return {"images": int(images.sum()), "mean": mean.tolist(), "std": std.tolist()}
-
-
-def summary_of(folder: Path, name: str, shards: set[Path]) -> dict[str, Any] | None:
-    """If it has colours, and is of just these shards and of their present sizes."""
-    summary = read_json(folder / f"{name}-summary.json")
-    try:
-        if not summary or summary["mean"] is None or shards != set(shards_named(folder, name)):
-            return None
-        now = (len(shards), sum(shard.stat().st_size for shard in shards))
-        return summary if now == (summary["shards"], summary["bytes"]) else None
-    except (KeyError, OSError):
-        return None
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """For people, in a few lines."""
-    formats, modes = (", ".join(f"{n} {kind}" for kind, n in summary[name].items()) for name in ("formats", "modes"))
-    sides = [
-        f"{name} {s['min']} to {s['max']}, median {s['median']:g}"
-        for name in ("width", "height")
-        if (s := summary[name])
-    ]
-    lines = [
-        f"{counted(summary['images'], 'image')} in {counted(summary['shards'], 'shard')}, {decimal(summary['bytes'])}",
-        f"formats: {formats}; modes: {modes}",
-        "; ".join(sides),
-    ]
-    if summary["mean"]:
-        mean, std = (" ".join(f"{value:.4f}" for value in summary[name]) for name in ("mean", "std"))
-        lines.append(f"mean {mean}, std {std}")
-    if summary["classes"]:
-        sizes = summary["classes"].values()
-        lines.append(f"{counted(len(sizes), 'class', 'classes')} of {min(sizes)} to {max(sizes)} images")
-    broken = [f"{bad['image']} ({bad['reason']})" for bad in summary["broken"]]
-    same = [f"{pair['image']} = {pair['same_as']}" for pair in summary["duplicates"]]
-    if broken:
-        lines.append(f"left out, broken: {first_few(broken, summary['num_broken'])}")
-    if same:
-        lines.append(f"there twice, kept: {first_few(same, summary['num_duplicates'])}")
-    return "\n".join(lines)
-
-
-def first_few(named: list[str], total: int) -> str:
-    more = f", and {total - FEW} more" if total > FEW else ""
-    return f"{total}: " + ", ".join(map(printable, named[:FEW])) + more
-
-
-def printable(name: str) -> str:
-    """A file's name may hold anything, also what no terminal takes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing(path):
-        try:
-            with unfinished.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def write_whole(path: Path, content: object) -> None:
-    with whole(path) as file:
-        file.write(as_json(content))
-
-
-def write_if_new(path: Path, content: object) -> None:
-    if read_json(path) != content:
-        write_whole(path, content)
-
-
-def as_json(content: object) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")  # which JSON reads back
-
-
-def read_json(path: Path) -> Any:
-    """None if it is not there or not whole."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from ssl_global.data.pack import read_summary
 
 from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.source import ShardSource, Source
+from ssl_global.data.summary import read_summary
 from ssl_global.data.workers import in_order, num_workers, workers
 from ssl_global.errors import UserError
 from ssl_global.recipe import Data

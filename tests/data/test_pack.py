@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from PIL import Image
 from ssl_global.data import pack as pack_module
 from ssl_global.data import progress as progress_module
 from ssl_global.data.decode import BadImage
-from ssl_global.data.pack import describe, name_of, pack, plan, read_summary
+from ssl_global.data.pack import name_of, pack, plan
 from ssl_global.data.source import FolderSource, Source, open_source
+from ssl_global.data.summary import describe, read_summary
 from ssl_global.errors import UserError
 
 SHARD_BYTES = 6_000
@@ -434,7 +436,7 @@ def test_moments_of_an_image(height: int, width: int, seed: int, mode: str) -> N
 def test_spread_against_numpy(counts: dict[int, int]) -> None:
     values = np.repeat(list(counts), list(counts.values()))
     expected = {"min": values.min(), "median": np.median(values), "max": values.max()}
-    assert pack_module.spread(pack_module.Counter(counts)) == expected
+    assert pack_module.spread(Counter(counts)) == expected
 
 
 def test_reading_the_summary_of_several_packs(tmp_path: Path, folder: Source) -> None:
