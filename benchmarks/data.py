@@ -35,7 +35,7 @@ from ssl_global.data.source import ShardSource, Source, open_source
 from ssl_global.recipe import Data, Recipe, Train
 
 BATCH = 64
-BATCHES = 6  # of a round
+BATCHES = 10  # of a round
 PARTS = ("views", "loader", "reading", "resume", "cores")
 
 

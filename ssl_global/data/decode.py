@@ -128,8 +128,10 @@ class PlainJpeg(Encoded):
         self.channels = channels
 
     def pixels(self) -> Tensor:
+        # Given bytes, it would silence all warnings for a moment, which is no good in threads.
+        data = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
         try:
-            pixels = decode_jpeg(self.data, mode="RGB" if self.channels == 3 else "GRAY")
+            pixels = decode_jpeg(data, mode="RGB" if self.channels == 3 else "GRAY")
             assert isinstance(pixels, Tensor)
             return pixels
         except RuntimeError:  # Pillow may be more lenient, and has better words
