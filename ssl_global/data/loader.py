@@ -101,32 +101,37 @@ class Decoder:
         return [self.fill(task) for task in tasks]
 
     def fill(self, task: Task) -> Filled:
+        """Never raises: whatever goes wrong is told in the batch, so that all processes stop at the same step."""
         filled = Filled()
-        for key, label, read in self.samples.candidates(task.sample):
-            try:
-                image = look(read(), self.data.channels, self.data.max_pixels)
-                filled.seeds, drawn = self.draw(image.size, task)
-                self.cut(image, drawn, task)
-            except BadImage as reason:
-                filled.bad.append((key, str(reason)))
-                continue
-            except Exception as error:  # the shard has changed, memory is full, a fault of ours: no other sample helps
-                return self.lost(filled, task, str(error) if isinstance(error, UserError) else f"{key}: {error!r}")
-            filled.key, filled.label = key, label
-            filled.colours = [[once[kind].colours for once in drawn] for kind in range(len(self.kinds))]
-            return filled
+        try:
+            for filled.key, filled.label, read in self.samples.candidates(task.sample):
+                try:
+                    return self.views_of(read(), task, filled)
+                except BadImage as reason:
+                    filled.bad.append((filled.key, str(reason)))
+        except UserError as error:  # the data is no longer what it was: no other sample helps
+            return self.lost(filled, task, str(error))
+        except Exception as error:  # memory is full, a fault of ours
+            return self.lost(filled, task, f"{filled.key}: {error!r}")
         first, said = filled.bad[0]
         others = f", nor any of the {len(filled.bad) - 1} samples behind it" if len(filled.bad) > 1 else ""
         return self.lost(filled, task, f"{first} cannot be read ({said}){others}")
 
-    def draw(self, size: tuple[int, int], task: Task) -> tuple[list[int], list[list[Drawn]]]:
-        """The seeds, and what is drawn, by repeat and kind."""
-        seeds, drawn = [], []
+    def views_of(self, data: bytes, task: Task, filled: Filled) -> Filled:
+        image = look(data, self.data.channels, self.data.max_pixels)
+        drawn = self.draw(image.size, task, filled)
+        self.cut(image, drawn, task)
+        return filled
+
+    def draw(self, size: tuple[int, int], task: Task, filled: Filled) -> list[list[Drawn]]:
+        """What chance says of the views, by repeat and kind; seeds and colours are noted."""
+        drawn, filled.seeds = [], []
         for repeat in range(self.data.repeats):
             random = stream(self.seed, VIEWS, task.epoch * self.data.repeats + repeat, task.sample)
-            seeds.append(int(random.integers(2**63)))
+            filled.seeds.append(int(random.integers(2**63)))
             drawn.append([draw(kind, size, random) for kind in self.kinds])
-        return seeds, drawn
+        filled.colours = [[once[kind].colours for once in drawn] for kind in range(len(self.kinds))]
+        return drawn
 
     def cut(self, image: Encoded, drawn: list[list[Drawn]], task: Task) -> None:
         pixels = [kind.pixels for kind in self.kinds]
@@ -143,8 +148,7 @@ class Decoder:
         """Black views: the batch is whole, and the run stops at it, on all processes."""
         for into in self.ring[task.slot]:
             into[task.row : task.row + self.data.repeats] = 0
-        filled.seeds, drawn = self.draw((1, 1), task)
-        filled.colours = [[once[kind].colours for once in drawn] for kind in range(len(self.kinds))]
+        self.draw((1, 1), task, filled)
         filled.lost = why
         return filled
 

@@ -82,6 +82,15 @@ def test_when_no_shard_can_be_read_it_ends(tmp_path: Path) -> None:
         list(islice((samples.next() for _ in iter(int, 1)), 20))
 
 
+def test_and_the_run_stops_with_these_words(tmp_path: Path) -> None:
+    recipe = recipe_of(4, reader="stream", epoch_images=24)
+    samples = Stream(str(tmp_path / "gone-{0..2}.tar"), epoch_images=24, seed=0).begin(process=0, step=0)
+    order = Order.of(np.array([0, 24]), recipe)
+    with Loader(samples, order, recipe, [range(4)], micro_batch=4).serving() as served:
+        (batch,) = served
+    assert any("9 shards in a row cannot be read" in why for why in batch["lost"])
+
+
 def test_batches_of_a_stream(shards: Path) -> None:
     """Labelled views; a broken image is replaced by the next and named."""
     with TarWriter(str(shards / "s-0.tar"), encoder=False) as tar:

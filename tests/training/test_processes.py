@@ -13,6 +13,9 @@ import pytest
 import torch
 from tiny_runs import arguments, assert_bit_equal, losses, tensors
 
+from ssl_global.data.pack import pack
+from ssl_global.data.source import open_source
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -73,6 +76,23 @@ def test_bad_samples_stop_all_processes_together(photographs, tmp_path):
     assert code != 0
     assert error.count("error: data.max_bad_fraction = 0.001: 1 of 24 samples cannot be read") == 1
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "pretrain.py") not in error
+
+
+def test_a_shard_that_changes_under_way_stops_all_processes_together(photographs, tmp_path):
+    """Only one of them may read it at that step; both end, with the same line."""
+    packed = pack(open_source(str(photographs)), tmp_path / "shards", shard_bytes=40_000, progress=False)
+    out = tmp_path / "run"
+    running = start(arguments("mae", tmp_path / "shards", out, "--train.steps=4000", "--checkpoint.every=4000"))
+    metrics = out / "metrics.jsonl"
+    while running.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.02)
+    os.truncate(packed.shards[0], 10_000)
+    code, _, error = finish(running)
+    assert code != 0
+    assert error.count("error: the data cannot be read") == 1
+    assert packed.shards[0].name in error
+    assert "exitcode  : 2" in error
+    assert not (out / "summary.json").exists()
 
 
 def test_a_batch_that_two_cannot_share_is_one_line(photographs, tmp_path):
