@@ -50,7 +50,7 @@ def test_a_disk_that_vanishes_ends_the_run_by_name(
 ) -> None:
     faulty(monkeypatch, after=9)
     served = serve(shards, recipe_of(workers=workers), stop=5)
-    assert not served[0]["lost"]
+    assert workers or not served[0]["lost"]  # of two workers one may be far ahead
     (last, *_) = served[-1]["lost"]
     assert "Input/output error" in last
     assert "nor any of the 8 samples behind it" in last
