@@ -33,6 +33,7 @@ from ssl_global.data.cache import alone, cache_folder
 from ssl_global.errors import UserError
 
 AT_ONCE = 8  # downloads (ours)
+QUESTIONS_AT_ONCE = 32  # for a file's size: all waiting, no bytes (ours)
 TRIES = 3  # of each (ours)
 PAUSE_SECONDS = 1.0  # before the second try, and double that before the third (ours)
 PIECE_BYTES = 2**20
@@ -80,7 +81,9 @@ def fetch(pattern: str, cache: Path | None = None, *, progress: bool = True) -> 
         words = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise UserError(f"{pattern}: a brace is not closed; write {{000..099}}") from error
-    shards = [shard for word in words for shard in wanted(word, folder)]
+    named_by_words = [name for word in words for name in wanted(word)]
+    with ThreadPoolExecutor(QUESTIONS_AT_ONCE, "ask") as pool:
+        shards = list(pool.map(lambda name: look(*name, folder), named_by_words))
     extras = [extra for word in dict.fromkeys(map(posixpath.dirname, words)) for extra in beside(word, folder)]
     missing = [file for file in dict.fromkeys([*shards, *extras]) if not file.is_here()]
     if missing:
@@ -112,15 +115,15 @@ def named(url: str) -> Iterator[None]:
         raise UserError(f"{url}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-def wanted(word: str, folder: Path) -> list[Remote]:
-    """What one word of the pattern, after its braces, stands for."""
+def wanted(word: str) -> list[tuple[AbstractFileSystem, str]]:
+    """The files, each in its system, that one word of the pattern, after its braces, stands for."""
     with named(word):
         system, path = url_to_fs(word)
         if re.search(r"[*?\[]", word):
-            return [look(system, found, folder, word) for found in listed(system, path, word)]
+            return [(system, found) for found in listed(system, path, word)]
         if word.endswith(".tar"):
-            return [look(system, path, folder, word)]
-        return [look(system, found, folder, word) for found in listed(system, f"{path.rstrip('/')}/*.tar", word)]
+            return [(system, path)]
+        return [(system, found) for found in listed(system, f"{path.rstrip('/')}/*.tar", word)]
 
 
 def listed(system: AbstractFileSystem, path: str, word: str) -> list[str]:
@@ -133,7 +136,7 @@ def listed(system: AbstractFileSystem, path: str, word: str) -> list[str]:
     return [str(name) for name in found]
 
 
-def look(system: AbstractFileSystem, path: str, folder: Path, word: str) -> Remote:
+def look(system: AbstractFileSystem, path: str, folder: Path) -> Remote:
     url = system.unstrip_protocol(path)
     name = posixpath.basename(path)
     if not name or name.startswith(".") or "\\" in name or "\0" in name:
@@ -158,7 +161,7 @@ def beside(word: str, folder: Path) -> list[Remote]:
         with contextlib.suppress(Exception):
             system, path = url_to_fs(f"{word}/{name}")
             paths = system.glob(path) if "*" in name else [path]
-            found += [look(system, str(one), folder, word) for one in paths]
+            found += [look(system, str(one), folder) for one in paths]
     return found
 
 

@@ -122,7 +122,7 @@ def test_a_disk_that_is_too_small(
 @pytest.mark.parametrize("name", ["..", ".hidden.tar", "a\\b.tar"])
 def test_a_name_is_no_path(cache: Path, name: str) -> None:
     with pytest.raises(UserError, match="is no name for a local file"):
-        remote.look(fsspec.filesystem("memory"), f"/bucket/{name}", cache, "memory://bucket")
+        remote.look(fsspec.filesystem("memory"), f"/bucket/{name}", cache)
 
 
 # -------------------------------------------------------------------------------------------------------- a web server
