@@ -83,7 +83,7 @@ def fetch(pattern: str, cache: Path | None = None, *, progress: bool = True) -> 
         raise UserError(f"{pattern}: a brace is not closed; write {{000..099}}") from error
     named_by_words = [name for word in words for name in wanted(word)]
     with ThreadPoolExecutor(QUESTIONS_AT_ONCE, "ask") as pool:
-        shards = list(pool.map(lambda name: look(*name, folder), named_by_words))
+        shards = list(pool.map(lambda name: look(name[0], name[1], folder), named_by_words))
     extras = [extra for word in dict.fromkeys(map(posixpath.dirname, words)) for extra in beside(word, folder)]
     missing = [file for file in dict.fromkeys([*shards, *extras]) if not file.is_here()]
     if missing:
