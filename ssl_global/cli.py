@@ -103,7 +103,7 @@ def doctor(
     Args:
         data: A folder of images, shards, or a dataset, as for pretrain.py.
         recipe: Whose views are timed, by name or path, with or without :FUNCTION.
-        workers: Decoding threads; by default as many as a run would have.
+        workers: Decoding threads to time, besides one; by default one for each core.
         gpu_images_per_second: What one GPU is taken to need, for the count of workers.
         json_file: Also write all that was found to this file.
     """

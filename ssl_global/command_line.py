@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch.distributed as dist
 import tyro
 
 from ssl_global.errors import UserError
@@ -179,4 +180,9 @@ def main(job: Callable[[Command, dict[str, object]], None], argv: Sequence[str] 
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        if dist.is_available() and dist.is_initialized():
+            # Beside others, the interpreter's own end may abort in gloo's threads, and the code would be another.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)

@@ -47,7 +47,7 @@ def diagnose(path: str, recipe: Recipe, *, progress: bool = True) -> Diagnosis:
     bad = dict(bad_images(source, recipe.data, progress=progress))
     rates = {}
     if len(bad) < len(source):
-        most = num_workers(recipe.data, processes_here=1) or 1
+        most = recipe.data.workers or num_cores()
         rates = {count: images_per_second(source, recipe, count) for count in sorted({1, most})}
     found = [Finding(source.place(index), reason) for index, reason in bad.items()]
     return Diagnosis(source.describe(), len(source), damaged, found, rates)
@@ -110,7 +110,8 @@ def advice(diagnosis: Diagnosis, gpu_images_per_second: float) -> list[str]:
         return []
     alone = diagnosis.images_per_second[1]
     most, together = max(diagnosis.images_per_second.items())
-    lines = [f"views    {alone:.0f} images/s by one worker, {together:.0f} by {most}"]
+    by_more = f", {together:.0f} by {most}" if most > 1 else ""
+    lines = [f"views    {alone:.0f} images/s by one worker{by_more}"]
     needed = math.ceil(gpu_images_per_second / alone)
     feeds = together / most * num_cores() / gpu_images_per_second
     lines.append(

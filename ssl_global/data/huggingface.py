@@ -27,19 +27,36 @@ class HuggingFaceSource(Source):
     def __init__(self, path: str, dataset: Any, split: str) -> None:
         self.path = path
         self.split = split
-        column = image_column(path, dataset)
-        dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
-        # Each chunk is one record batch of the file: to find a row in few large ones takes two steps.
-        self.images = dataset.data.column(column).combine_chunks()
-        self.images = self.images.chunk(0) if hasattr(self.images, "num_chunks") else self.images
-        self.sizes = sizes_of(self.images)
+        # Of a selection, flatten_indices() would write all its images anew.
+        self.rows = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
+        self.table = dataset.select_columns([image_column(path, dataset)]).data  # from a file: pickled as its path
+        self.find_images()
+        self.sizes = self.take(sizes_of(self.images))
         self.labels, self.classes = labels_of(dataset)
+        self.labels = None if self.labels is None else self.take(self.labels)
+
+    def find_images(self) -> None:
+        """The chunks as they lie in the mapped file. One chunk of them all would be a copy of all images in memory."""
+        self.images = self.table.column(0).chunks
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.images])
+
+    def take(self, values: np.ndarray) -> np.ndarray:
+        return values if self.rows is None else values[self.rows]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "images"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.find_images()
 
     def key(self, index: int) -> str:
         return f"{self.split}/{index:09d}"
 
     def read(self, index: int) -> bytes:
-        image = self.images[index].as_py()
+        row = index if self.rows is None else int(self.rows[index])
+        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
+        image = self.images[chunk][row - int(self.starts[chunk])].as_py()
         if image is None or (image.get("bytes") is None and image.get("path") is None):
             raise BadImage("there is no image in this row")
         if image.get("bytes") is not None:
@@ -69,6 +86,8 @@ def open_dataset(address: str) -> HuggingFaceSource:
                 if split not in loaded:
                     raise UserError(f"{address}: there is no split {split}; there are {', '.join(loaded)}")
                 loaded = loaded[split]
+            elif "@" in address and loaded.split is not None and str(loaded.split) != split:
+                raise UserError(f"{address}: there is no split {split}; what is saved there is {loaded.split}")
         else:
             name, _, config = rest.partition(":")
             loaded = datasets.load_dataset(name, config or None, split=split)
@@ -97,8 +116,12 @@ def image_column(path: str, dataset: Any) -> str:
     return columns[0]
 
 
-def sizes_of(images: Any) -> np.ndarray:
+def sizes_of(chunks: list[Any]) -> np.ndarray:
     """int64 (N,): bytes of each image, from the Arrow table's own lengths; of a file where only its path is kept."""
+    return np.concatenate([sizes_of_chunk(chunk) for chunk in chunks])
+
+
+def sizes_of_chunk(images: Any) -> np.ndarray:
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(pc.struct_field(images, "bytes"))

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import posixpath
 import re
 import shutil
@@ -20,10 +21,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types lack the error
 from fsspec import AbstractFileSystem
+from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from fsspec.core import url_to_fs
 from rich.console import Console
 from rich.filesize import decimal
@@ -36,10 +38,13 @@ AT_ONCE = 8  # downloads (ours)
 QUESTIONS_AT_ONCE = 32  # for a file's size: all waiting, no bytes (ours)
 TRIES = 3  # of each (ours)
 PAUSE_SECONDS = 1.0  # before the second try, and double that before the third (ours)
-PIECE_BYTES = 2**20
+SILENT_SECONDS = 60  # of a connection, until it counts as broken (ours)
 VERSIONS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "mtime", "LastModified", "last_modified", "created")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
+PLACES = ("host", "port", "account_name", "endpoint_url")  # what some schemes take out of the address
 BESIDE = ("classes.json", "*-summary.json")  # small files of the shards' folder that are wanted too
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Remote:
 
     def is_here(self) -> bool:
         try:
-            return self.local.is_file() and json.loads(self.note.read_text()) == self.said()
+            same_size = self.size in (None, self.local.stat().st_size)
+            return same_size and json.loads(self.note.read_text()) == self.said()
         except (OSError, ValueError):
             return False
 
@@ -84,7 +90,9 @@ def fetch(pattern: str, cache: Path | None = None, *, progress: bool = True) -> 
     named_by_words = [name for word in words for name in wanted(word)]
     with ThreadPoolExecutor(QUESTIONS_AT_ONCE, "ask") as pool:
         shards = list(pool.map(lambda name: look(name[0], name[1], folder), named_by_words))
-    extras = [extra for word in dict.fromkeys(map(posixpath.dirname, words)) for extra in beside(word, folder)]
+    refuse_twice(pattern, shards)
+    one_of_each_folder = {shard.local.parent: shard for shard in shards}.values()
+    extras = [extra for shard in one_of_each_folder for extra in beside(shard, folder)]
     missing = [file for file in dict.fromkeys([*shards, *extras]) if not file.is_here()]
     if missing:
         check_space(missing, folder)
@@ -106,22 +114,78 @@ def named(url: str) -> Iterator[None]:
         scheme = url.partition(":")[0]
         package = PACKAGES.get(scheme, f"fsspec's package for {scheme}")
         raise UserError(f"{url}: needs the package {package}; pip install {package}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{url}: there is no such file") from error
     except Exception as error:
-        if "Protocol not known" in str(error):
+        cause = underlying(error)
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404:
+            raise UserError(f"{url}: there is no such file") from error
+        if "Protocol not known" in str(cause):
             known = ", ".join(sorted(PACKAGES))
             raise UserError(f"{url}: an unknown scheme; there are {known} and what fsspec knows") from error
-        raise UserError(f"{url}: {type(error).__name__}: {error}".splitlines()[0]) from error
+        said = getattr(cause, "message", "") if hasattr(cause, "status") else str(cause)
+        status = f" {getattr(cause, 'status', '')}".rstrip()
+        raise UserError(f"{url}: {type(cause).__name__}{status}: {said}".splitlines()[0]) from error
+
+
+def underlying(error: BaseException) -> BaseException:
+    """fsspec says FileNotFoundError whatever an http server answers, and if none does; the cause knows better."""
+    while isinstance(error, FileNotFoundError) and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def is_final(error: UserError) -> bool:
+    """Another try would end the same way."""
+    cause = error.__cause__ and underlying(error.__cause__)
+    status = getattr(cause, "status", 0)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status not in (408, 425, 429)
+    return isinstance(cause, FileNotFoundError | PermissionError | ImportError)
+
+
+def several_tries(action: Callable[[], T]) -> T:
+    for attempt in range(1, TRIES + 1):
+        try:
+            return action()
+        except UserError as error:
+            if is_final(error):
+                raise
+            if attempt == TRIES:
+                raise UserError(f"{error} (tried {TRIES} times)") from error
+            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def refuse_twice(pattern: str, shards: list[Remote]) -> None:
+    seen: set[Path] = set()
+    for shard in shards:
+        if shard.local in seen:
+            raise UserError(f"{pattern}: names {shard.url} twice")
+        seen.add(shard.local)
+
+
+def find_system(word: str) -> tuple[AbstractFileSystem, str]:
+    scheme = word.partition("://")[0]
+    if scheme not in ("http", "https"):
+        return url_to_fs(word)
+    import aiohttp
+
+    # aiohttp's own limit is five minutes for a whole file, and it would not ask the environment for a proxy.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+    headers = {"Accept-Encoding": "identity"}
+    return url_to_fs(word, client_kwargs={"timeout": timeout, "trust_env": True, "headers": headers})
+
+
+def without_query(url: str) -> str:
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def wanted(word: str) -> list[tuple[AbstractFileSystem, str]]:
     """The files, each in its system, that one word of the pattern, after its braces, stands for."""
     with named(word):
-        system, path = url_to_fs(word)
-        if re.search(r"[*?\[]", word):
+        system, path = find_system(word)
+        if re.search(r"[*?\[]", without_query(word)):
             return [(system, found) for found in listed(system, path, word)]
-        if word.endswith(".tar"):
+        if without_query(word).endswith(".tar"):
             return [(system, path)]
         return [(system, found) for found in listed(system, f"{path.rstrip('/')}/*.tar", word)]
 
@@ -138,30 +202,41 @@ def listed(system: AbstractFileSystem, path: str, word: str) -> list[str]:
 
 def look(system: AbstractFileSystem, path: str, folder: Path) -> Remote:
     url = system.unstrip_protocol(path)
-    name = posixpath.basename(path)
+    folder_url, _, name = without_query(url).rpartition("/")
     if not name or name.startswith(".") or "\\" in name or "\0" in name:
         raise UserError(f"{url}: {name!r} is no name for a local file")
-    with named(url):
-        info = system.info(path)
+
+    def ask() -> dict[str, Any]:
+        with named(url):
+            said: dict[str, Any] = system.info(path)
+            return said
+
+    info = several_tries(ask)
     size = info.get("size")
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
-    return Remote(url, system, path, folder / local_folder(posixpath.dirname(url)) / name, size, version)
+    return Remote(url, system, path, folder / local_folder(system, folder_url) / name, size, version)
 
 
-def local_folder(url: str) -> str:
+def local_folder(system: AbstractFileSystem, url: str) -> str:
     """Of two addresses never the same, and readable: "3f2a9c01-bucket-imagenet"."""
+    url = without_password(url)
+    place = "\0".join([url, *(str(system.storage_options.get(name, "")) for name in PLACES)])
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-.")[-60:]
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{readable}"
+    return f"{hashlib.sha256(place.encode()).hexdigest()[:12]}-{readable}"
 
 
-def beside(word: str, folder: Path) -> list[Remote]:
+def without_password(url: str) -> str:
+    return re.sub(r"://([^/@:]*):[^/@]*@", r"://\1@", url)
+
+
+def beside(shard: Remote, folder: Path) -> list[Remote]:
     """The small files there; where they are not or cannot be listed, the shards do without them."""
     found = []
     for name in BESIDE:
         with contextlib.suppress(Exception):
-            system, path = url_to_fs(f"{word}/{name}")
-            paths = system.glob(path) if "*" in name else [path]
-            found += [look(system, str(one), folder) for one in paths]
+            path = f"{posixpath.dirname(without_query(shard.path))}/{name}"
+            paths = shard.system.glob(path) if "*" in name else [path]
+            found += [look(shard.system, str(one), folder) for one in paths]
     return found
 
 
@@ -206,7 +281,7 @@ def download(file: Remote, tell: Callable[[int], object]) -> None:
     """Once on this machine: another process that wants the same file waits, and finds it."""
     try:
         file.local.parent.mkdir(parents=True, exist_ok=True)
-        (file.local.parent / "url.txt").write_text(posixpath.dirname(file.url) + "\n")
+        (file.local.parent / "url.txt").write_text(f"{without_password(posixpath.dirname(without_query(file.url)))}\n")
         with alone(file.local.with_name(f".{file.local.name}.lock")):
             if not file.is_here():
                 try_to_download(file, tell)
@@ -215,39 +290,42 @@ def download(file: Remote, tell: Callable[[int], object]) -> None:
 
 
 def try_to_download(file: Remote, tell: Callable[[int], object]) -> None:
-    unfinished = file.local.with_name(f"{file.local.name}.unfinished")
-    for attempt in range(1, TRIES + 1):
-        try:
-            copy(file, unfinished, tell)
-            break
-        except UserError as error:
-            unfinished.unlink(missing_ok=True)
-            if attempt == TRIES:
-                raise UserError(f"{error} (tried {TRIES} times)") from error
-            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-    unfinished.rename(file.local)
-    file.note.write_text(json.dumps(file.said()))
+    """Under a name of this process until it is whole: where there are no locks, others may be at it too."""
+    unfinished = file.local.with_name(f"{file.local.name}.unfinished-{platform.node()}-{os.getpid()}")
+    try:
+        several_tries(lambda: copy(file, unfinished, tell))
+        file.note.unlink(missing_ok=True)
+        unfinished.rename(file.local)
+        file.note.write_text(json.dumps(file.said()))
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Told(Callback):
+    def __init__(self, tell: Callable[[int], object]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.value += inc
+        self.tell(inc)
+
+    def absolute_update(self, value: int) -> None:
+        self.relative_update(value - self.value)
 
 
 def copy(file: Remote, unfinished: Path, tell: Callable[[int], object]) -> None:
-    """All bytes, flushed to the disk. Trouble with the server is a UserError, with the disk an OSError."""
-    copied = 0
-    with unfinished.open("wb") as into:
-        for piece in pieces(file):
-            into.write(piece)
-            copied += len(piece)
-            tell(len(piece))
-        into.flush()
-        os.fsync(into.fileno())
-    if file.size is not None and copied != file.size:
-        tell(-copied)
-        raise UserError(f"{file.url}: {copied} bytes came, the server says it has {file.size}")
-
-
-def pieces(file: Remote) -> Iterator[bytes]:
-    with named(file.url), file.system.open(file.path, "rb", cache_type="none") as remote:
-        while piece := remote.read(PIECE_BYTES):
-            yield piece
+    """All bytes, flushed to the disk. Trouble on the way is a UserError."""
+    # Of one answer, not block by block. For hf:// only this callback leaves the hub's own, faster way in use.
+    told = DEFAULT_CALLBACK if file.url.startswith("hf://") else Told(tell)
+    try:
+        with named(file.url):
+            file.system.get_file(file.path, str(unfinished), callback=told)
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+            copied = os.fstat(written.fileno()).st_size
+        if file.size not in (None, copied):
+            raise UserError(f"{file.url}: {copied} bytes came, the server says it has {file.size}")
+    except BaseException:
+        tell(-told.value)
+        raise
