@@ -8,7 +8,7 @@ The same command again goes on from the newest checkpoint in --out.
 
 Expect   recipe(): unmeasured here. The authors: k-NN 69.3, linear 74.0 on ImageNet, 1.75 days on 8 GPUs (README.md).
          demo(), 2026-11-21, 2 cores of a Xeon server, one thread, built-in sample, k-NN against untrained:
-         0.654 / 0.499, 0.623 / 0.490, 0.624 / 0.512 (seeds 0, 1, 2; 154 s when alone); raw pixels 0.264.
+         0.657 / 0.499, 0.620 / 0.490, 0.619 / 0.512 (seeds 0, 1, 2; about 160 s when alone); raw pixels 0.264.
 Numbers  facebookresearch/dino main_dino.py@7c446df, its defaults, unless marked "ours".
 """
 
