@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types lack the error
-from ssl_global.data.remote import fetch
 
 from ssl_global.data.decode import BadImage
 from ssl_global.data.index import indexes, is_current
+from ssl_global.data.remote import fetch
 from ssl_global.data.shards import IMAGE_SUFFIXES, NO_LABEL, Names, read_classes
 from ssl_global.errors import UserError
 
