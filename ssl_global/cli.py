@@ -2,7 +2,9 @@
 
 ssl-global pack IMAGES SHARDS           images into webdataset .tar shards, checked, smaller if you like
 ssl-global doctor DATA                  what is bad in the data, and how fast it can be served
+ssl-global runs DIR                     the runs in a folder: how far, how good, and whether their checkpoints are whole
 ssl-global export RUN                   a run's backbone into a folder that timm loads
+ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as one safetensors file
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
 """
@@ -25,6 +27,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from ssl_global.command_line import find
 from ssl_global.data.doctor import advice, diagnose
 from ssl_global.data.pack import pack as pack_shards
+from ssl_global.data.progress import report as report_progress
 from ssl_global.data.sample import built_in_sample
 from ssl_global.data.source import open_source
 from ssl_global.data.summary import describe as describe_packed
@@ -135,10 +138,9 @@ def export(
         what: student, teacher or encoder; by default the method's own choice.
         out: Folder to write to; by default RUN/export, or RUN/export-WHAT for a given --what.
     """
-    from ssl_global.training.checkpoint import choose, load_method
+    from ssl_global.training.checkpoint import load_encoder
 
-    recipe, method, _ = load_method(run)
-    chosen, encoder = choose(method.backbones(), what)
+    recipe, chosen, encoder = load_encoder(run, what)
     summary_file = run / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
     folder = out or run / ("export" if what is None else f"export-{what}")
@@ -146,6 +148,57 @@ def export(
     num_tensors = len(encoder.model.state_dict())
     print(f"{folder}: the {chosen}, proven: {num_tensors} of {num_tensors} tensors, the same features bit for bit")
     print(f'load it: timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@app.command
+def merge(run: Annotated[Positional[Path], arg(metavar="RUN")], *, out: Path, optimizer: bool = False) -> None:
+    """Make one safetensors file of a run's newest checkpoint, on the CPU, whatever processes wrote it.
+
+    It holds all that the method has: student, teacher, heads, centre, by the names of its state_dict(). One tensor at a
+    time is in memory.
+
+    Args:
+        run: A run's --out folder.
+        out: File to write, a .safetensors.
+        optimizer: The optimizer's averages too, as NAME/exp_avg and the like.
+    """
+    from ssl_global.training.checkpoint import newest_of
+    from ssl_global.training.sharded import METHOD, OPTIMIZER, Sharded
+    from ssl_global.training.sharded import merge as merge_tensors
+
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the name of a .safetensors file would be right")
+    folder, record = newest_of(run)
+    with Sharded(folder) as kept:
+        names = kept.names(METHOD) + (kept.names(OPTIMIZER) if optimizer else [])
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with report_progress("merged", len(names), what="tensors", visible=True) as done:
+                for count, _ in enumerate(merge_tensors(kept, names, out), 1):
+                    done(count)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror or error}") from error
+    shards = len(record["files"])
+    size = out.stat().st_size / 1e6
+    print(f"{out}: {len(names)} tensors of {folder}, from {shards} shards, {size:.1f} MB")
+
+
+@app.command
+def runs(directory: Annotated[Positional[Path], arg(metavar="DIR")]) -> None:
+    """List the runs in a folder: recipe, how far, last k-NN, last checkpoint, and whether it is whole.
+
+    Args:
+        directory: Runs are looked for in it and below it.
+    """
+    from ssl_global.training.runs import find_runs
+
+    found = find_runs(directory)
+    if not found:
+        raise UserError(f"{directory}: no run there; a run's folder has a run.json")
+    table = Table("run", "recipe", "step", "k-NN", "checkpoint", "whole", box=box.SIMPLE_HEAD)
+    for line in found:
+        table.add_row(line.name, line.recipe, line.step, line.knn, line.checkpoint, line.verdict)
+    console().print(table)
 
 
 @app.command
@@ -218,10 +271,9 @@ def device_named(name: str | None) -> torch.device:
 
 def run_backbone(run: Path, what: str | None, *, device: torch.device) -> Backbone:
     # Imported here: judging an export or a timm model needs nothing of what trains.
-    from ssl_global.training.checkpoint import choose, load_method
+    from ssl_global.training.checkpoint import load_encoder
 
-    recipe, method, _ = load_method(run)
-    name, encoder = choose(method.backbones(), what)
+    recipe, name, encoder = load_encoder(run, what)
     return of_encoder(f"{run} ({name})", encoder, recipe.data, device)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 import torch.distributed as dist
 import tyro
 
-from ssl_global.errors import UserError
+from ssl_global.errors import UserError, wrong
 from ssl_global.recipe import Recipe, flatten
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +39,8 @@ class Command:
     fresh: bool = False  # begin anew; a run that is in --out already is moved aside
     print: bool = False  # show the resolved recipe and end
     device: Literal["auto", "cpu"] = "auto"  # auto: the fastest there is
+    timeout: float = 600.0  # seconds without a move after which several processes end and say which one is behind
+    grace: float | None = None  # seconds after a stop signal to save in, or the run ends as it is; None: no limit
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers, as Accelerate names them: tensorboard, wandb, mlflow, ...
     settings: Annotated[Recipe, tyro.conf.arg(name="")]
 
@@ -58,6 +61,10 @@ def parse(argv: Sequence[str]) -> tuple[Command, dict[str, object]]:
     command = tyro_parse(argv, default)
     command = replace(command, recipe=default.recipe)
     command.settings.check()
+    for name in ("timeout", "grace"):
+        seconds = getattr(command, name)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise wrong(f"--{name}", seconds, "seconds, above 0")
     before, after = flatten(recipe), flatten(command.settings)
     return command, {name: before[name] for name in after if after[name] != before[name]}
 

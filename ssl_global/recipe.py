@@ -251,6 +251,7 @@ class Checkpoint:
 
     every: int  # steps between two checkpoints
     keep: int = 2  # newest ones that stay
+    keep_every: int | None = None  # steps; a checkpoint at a multiple of this stays for good
 
     def check(self) -> None:
         if self.every < 1:
@@ -258,6 +259,10 @@ class Checkpoint:
         if self.keep < 2:
             raise wrong(
                 "checkpoint.keep", self.keep, "at least 2: should the newest be damaged, the one before it serves"
+            )
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise wrong(
+                "checkpoint.keep_every", self.keep_every, f"a multiple of checkpoint.every = {self.every}, or None"
             )
 
 
@@ -313,6 +318,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "log.every",
         "checkpoint.every",
         "checkpoint.keep",
+        "checkpoint.keep_every",
     }
 )
 

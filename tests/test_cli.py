@@ -135,7 +135,9 @@ def dino_run(tmp_path):
         for parameter in method.backbones()["student"].parameters():
             parameter += 0.1
     optimizer = torch.optim.AdamW(method.parameters())
-    checkpoint.save(tmp_path / "run", method, optimizer, checkpoint.RunState(step=1), RECIPE, keep=2)
+    layout = checkpoint.Layout(processes=1, engine="one process", micro_batch=8, accumulate=1, workers=0)
+    writer = checkpoint.Writer(tmp_path / "run", RECIPE, layout)
+    writer.save(method, optimizer, checkpoint.RunState(step=1), wait=True)
     return tmp_path / "run", method.backbones()
 
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+
+from ssl_global.training.sharded import Sharded
 
 # A dozen steps take a second: 16-pixel views, two blocks, 64 prototypes. Half an epoch of the 24 images is a step.
 TINY = {
@@ -30,7 +31,8 @@ def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint holds: the method's and the optimizer's tensors."""
     newest = max((run / "checkpoints").glob("step-*"))
-    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+    with Sharded(newest) as kept:
+        return {name: kept.read(name) for name in kept.names()}
 
 
 def losses(run: Path) -> list[float]:

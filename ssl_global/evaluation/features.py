@@ -64,12 +64,14 @@ def extract(
     batch: int,
     device: torch.device,
     limit: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Features:
     """The features of a source's images, each seen whole (shorter side to pixels / 0.875, centre crop), normalised.
 
     embed   images (B, C, pixels, pixels), float on `device` -> (B, D); put into eval mode by whoever passes it
     batch   images at once, in each process
     limit   take that many images at most, evenly spread over the source: the same ones every time
+    between is called after each batch
 
     With torch.distributed running, each process does its share and all of them get everything; so all must call it.
     Images that cannot be read are left out and named in `bad`; more than data.max_bad_fraction of them: UserError.
@@ -82,6 +84,7 @@ def extract(
             normal = normalise(batch_images.to(device), *data.normalisation)
             features.append(embed(normal).float())
             readable.append(batch_readable)
+            between()
     x = of_all_processes(torch.cat(features), len(indices)).cpu()
     good = of_all_processes(torch.cat(readable).to(device), len(indices)).cpu().bool()
     bad = [source.key(int(i)) for i in indices[~good.numpy()]]
@@ -91,7 +94,13 @@ def extract(
 
 
 def pixel_features(
-    source: Source, *, data: Data, batch: int, device: torch.device, limit: int | None = None
+    source: Source,
+    *,
+    data: Data,
+    batch: int,
+    device: torch.device,
+    limit: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Features:
     """The baseline that needs no backbone: the raw pixels.
 
@@ -107,6 +116,7 @@ def pixel_features(
         batch=batch,
         device=device,
         limit=limit,
+        between=between,
     )
 
 

@@ -1,5 +1,6 @@
 """How good the backbone is by now: k-NN, probe and health, on images that it did not learn from."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -12,7 +13,6 @@ from ssl_global.evaluation.features import Features, extract, pixel_features, sp
 from ssl_global.evaluation.health import feature_std, rankme, verdicts
 from ssl_global.evaluation.knn import knn
 from ssl_global.evaluation.linear import linear
-from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 
 HEALTH_IMAGES = 4096  # where there are no labels: enough for the rank of any width that timm's ViTs have (ours)
@@ -30,32 +30,43 @@ class Judge:
 
     train  what the run learns from: the bank of the k-NN, if it has labels; None: it cannot be looked at twice
     val    what is asked about; None: the health figures are of the training images, and nothing is known of accuracy
+    between  is called by all processes between two batches of images: the place to raise what ends an evaluation
     """
 
-    def __init__(self, recipe: Recipe, train: Source | None, val: Source | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: Source | None,
+        val: Source | None,
+        device: torch.device,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         self.recipe = recipe
         self.train = train
         self.val = val
         self.device = device
+        self.between = between
         self.noted: dict[str, float] = {}
 
-    def baselines(self, method: Method) -> dict[str, float]:
+    def baselines(self, encoder: Encoder) -> dict[str, float]:
         """What the untrained encoder and raw pixels reach: {"knn_untrained", "knn_pixels", "linear_untrained"}."""
         if not self.has_labels():
             return {}
-        judged = self.evaluate(method, final=True)
+        judged = self.evaluate(encoder, final=True)
         self.noted = {}
-        of_pixels = partial(pixel_features, data=self.recipe.data, batch=self.recipe.eval.batch, device=self.device)
+        of_pixels = partial(
+            pixel_features, data=self.recipe.data, batch=self.recipe.eval.batch, device=self.device,
+            between=self.between,
+        )  # fmt: skip
         figures = {f"{name}_untrained": judged[name] for name in ("knn", "linear") if name in judged}
         return figures | {"knn_pixels": self.accuracies(of_pixels, final=False)[0]["knn"]}
 
-    def evaluate(self, method: Method, *, final: bool) -> dict[str, float]:
-        """{"knn", "rankme", "feature_std"} of the first backbone; "linear" too if `final` and the recipe says so."""
+    def evaluate(self, encoder: Encoder, *, final: bool) -> dict[str, float]:
+        """{"knn", "rankme", "feature_std"} of the encoder; "linear" too if `final` and the recipe says so."""
         if self.val is None and self.train is None:
             return {}
-        encoder = next(iter(method.backbones().values()))
-        training = method.training
-        method.eval()
+        training = encoder.training
+        encoder.eval()
         features_of = self.extractor(encoder)
         if self.has_labels():
             judged, x = self.accuracies(features_of, final=final)
@@ -63,7 +74,7 @@ class Judge:
             seen = self.val or self.train
             assert seen is not None
             judged, x = {}, features_of(seen, limit=HEALTH_IMAGES).x
-        method.train(training)
+        encoder.train(training)
         judged |= {"rankme": rankme(x), "feature_std": feature_std(x)}
         self.note(judged | {"width": float(encoder.width)})
         return judged
@@ -87,7 +98,13 @@ class Judge:
 
         recipe = self.recipe
         return partial(
-            extract, embed, data=recipe.data, pixels=encoder.pixels, batch=recipe.eval.batch, device=self.device
+            extract,
+            embed,
+            data=recipe.data,
+            pixels=encoder.pixels,
+            batch=recipe.eval.batch,
+            device=self.device,
+            between=self.between,
         )
 
     def note(self, metrics: dict[str, float]) -> None:

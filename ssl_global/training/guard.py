@@ -1,21 +1,29 @@
 """What all processes must agree on before a step counts: is it finite, has someone asked to stop, is the data readable.
 
 One small reduction a step carries all of it. A step whose loss or gradient is not finite on any process is skipped by
-all of them, before it touches weights, teacher or centre.
+all of them, before it touches weights, teacher, centre or the optimizer's averages. Too many in a row roll the run back
+to its last good checkpoint, once, with other data before it; then they end it. What else goes wrong is said in words.
 """
 
 import json
 import math
 import signal
+import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssl_global.errors import UserError
+from ssl_global.training.watch import GO_ON, leave, tell
+
+LOSSES_REPORTED = 8  # ours
 
 
 @dataclass(frozen=True)
@@ -50,33 +58,112 @@ class FiniteSteps:
     def __init__(self, max_bad_steps: int) -> None:
         self.max_bad_steps = max_bad_steps
         self.bad_in_a_row = 0
+        self.last_losses: deque[float] = deque(maxlen=LOSSES_REPORTED)
+        self.where: list[str] = []  # the layers that were met first, process by process
 
-    def see(self, finite: bool, step: int) -> None:
-        """Raises UserError when one too many steps in a row was not finite."""
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        if self.bad_in_a_row > self.max_bad_steps:
-            first = step - self.bad_in_a_row + 1
-            raise UserError(
-                f"train.max_bad_steps = {self.max_bad_steps}: loss or gradient was not finite in {self.bad_in_a_row} "
-                f"steps in a row, {first} to {step}; none of them changed the weights. Lower optim.lr_per_256_images, "
-                "raise optim.warmup_epochs, set optim.clip_norm, or use train.precision bf16 or fp32"
+    def too_many(self, agreed: Agreement) -> bool:
+        """Whether this step makes it one too many."""
+        self.last_losses.append(agreed.loss)
+        self.bad_in_a_row = 0 if agreed.finite else self.bad_in_a_row + 1
+        return self.bad_in_a_row > self.max_bad_steps
+
+    def report(self, step: int) -> str:
+        """What was wrong when `step` was done."""
+        first = step - self.bad_in_a_row + 1
+        return (
+            f"train.max_bad_steps = {self.max_bad_steps}: loss or gradient was not finite in {self.bad_in_a_row} "
+            f"steps in a row, {first} to {step}; none of them changed the weights. Lower optim.lr_per_256_images, "
+            "raise optim.warmup_epochs, set optim.clip_norm, or use train.precision bf16 or fp32"
+            f"\n  last losses: {', '.join(f'{loss:.4g}' for loss in self.last_losses)}"
+            + "".join(f"\n  {line}" for line in self.where)
+        )
+
+
+class LossAlarm:
+    """Says when the loss has jumped and stays up.
+
+    The rule is ours: the median of the last RECENT losses lies more than SPIKE times the usual scatter above the median
+    of the NORMAL ones before them, and more than a twentieth of it. It is said once, and again only after all was well.
+    """
+
+    NORMAL, RECENT, SPIKE = 100, 5, 8.0
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.NORMAL + self.RECENT)
+        self.said = False
+
+    def see(self, loss: float, step: int) -> str | None:
+        """One line, if there is something to say; `loss` is finite."""
+        self.losses.append(loss)
+        if len(self.losses) < self.losses.maxlen:  # type: ignore[operator]
+            return None
+        past, recent = list(self.losses)[: self.NORMAL], list(self.losses)[self.NORMAL :]
+        usual, now = median(past), median(recent)
+        scatter = median([abs(value - usual) for value in past])
+        high = now - usual > max(self.SPIKE * scatter, abs(usual) / 20)
+        said, self.said = self.said, high
+        if high and not said:
+            return (
+                f"step {step}: the loss has jumped to {now:.4g}, it was {usual:.4g} (median of {self.NORMAL} steps): "
+                "should it not come back, lower optim.lr_per_256_images or set optim.clip_norm"
             )
+        return None
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop: the step under way is finished and the run saved. A second one kills."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop: the step under way is finished and the run saved. A second one kills.
 
-    def __init__(self) -> None:
+    grace  seconds from the signal in which the run must have ended, or it ends by itself as it is; None: no limit
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, grace: float | None = None) -> None:
+        self.grace = grace
         self.received: str | None = None
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.timer: threading.Timer | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self.receive) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.restore()
+        if self.timer is not None:
+            self.timer.cancel()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self.restore()
+        if self.grace is not None:
+            self.timer = threading.Timer(self.grace, self.give_up)
+            self.timer.daemon = True
+            self.timer.start()
+
+    def give_up(self) -> None:
+        tell(f"--grace {self.grace:g}: not saved that soon after {self.received}; {GO_ON.lower()}")
+        leave()
 
     def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @property
+    def said(self) -> str:
+        return self.received or "a signal on another process"
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether a signal came to any process. All must call it."""
+        if not dist.is_initialized():
+            return self.received is not None
+        came = torch.tensor(float(self.received is not None), device=device)
+        dist.all_reduce(came)
+        return bool(came > 0)
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A signal came, somewhere, in something long that is not a step: an evaluation."""
 
 
 class BadSamples:

@@ -13,15 +13,19 @@ class MetricsLog:
     def __init__(self, accelerator: Accelerator, run: Path, *, start_step: int, settings: dict[str, Any]) -> None:
         self.accelerator = accelerator
         self.file = run / "metrics.jsonl"
-        if accelerator.is_main_process and self.file.exists():
-            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= start_step]
-            self.file.write_text("".join(f"{line}\n" for line in lines))
+        self.rewind(start_step)
         if accelerator.log_with:
             flat = {
                 name: value if isinstance(value, int | float | str | bool) else str(value)
                 for name, value in settings.items()
             }
             accelerator.init_trackers(run.name, config=flat, init_kwargs={"tensorboard": {"purge_step": start_step}})
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after that step."""
+        if self.accelerator.is_main_process and self.file.exists():
+            lines = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.file.write_text("".join(f"{line}\n" for line in lines))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

@@ -6,9 +6,9 @@ next batch -> views on the device -> rates of the step -> method -> backward -> 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +20,17 @@ from ssl_global.evaluation.judge import Judge
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
-from ssl_global.training.checkpoint import RunState
-from ssl_global.training.guard import BadSamples, FiniteSteps, StopSignal, agree
+from ssl_global.training.checkpoint import RunState, Writer
+from ssl_global.training.diagnose import where_not_finite
+from ssl_global.training.engine import clip, whole_backbone
+from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.optim import set_rates
 from ssl_global.training.plan import Plan
 from ssl_global.training.progress import Display
+from ssl_global.training.watch import Watch
+
+Ending = Literal["done", "stopped", "diverged"]
 
 
 @dataclass
@@ -38,21 +43,35 @@ class Run:
     method: Method  # the bare one: hooks, evaluation, checkpoints
     model: nn.Module  # the same, prepared by Accelerate: the only one whose forward is called in training
     optimizer: torch.optim.Optimizer
-    batches: Iterator[dict[str, Any]]  # micro-batch by micro-batch, from the state's step on
+    bare_optimizer: torch.optim.Optimizer  # the same without Accelerate's wrapping, for checkpoints
     state: RunState
     judge: Judge
     log: MetricsLog
     display: Display
     bad_samples: BadSamples
-    save: Callable[[], None]  # all processes call it
+    writer: Writer
+    signals: StopSignal
+    watch: Watch
+    finite_steps: FiniteSteps
+    batches: Iterator[dict[str, Any]] = field(
+        default_factory=lambda: iter(())
+    )  # micro-batches from the state's step on
+
+    def save(self, *, wait: bool) -> float:
+        """All processes call it. Returns the seconds that training stood still."""
+        if self.accelerator.scaler is not None:
+            self.state.scaler = self.accelerator.scaler.state_dict()
+        with self.watch.aside("saving"):
+            return self.writer.save(self.method, self.bare_optimizer, self.state, wait=wait)
 
 
-def train(run: Run) -> str | None:
-    """Take all steps from `run.state.step` to the end. Returns the signal that ended it early, if one did."""
+def train(run: Run) -> Ending:
+    """Take all steps from `run.state.step` to the end, or until a signal comes or too many steps are not finite."""
     recipe, plan, state, accelerator, method = run.recipe, run.plan, run.state, run.accelerator, run.method
-    finite_steps, signals, meter = FiniteSteps(recipe.train.max_bad_steps), StopSignal(), Meter(plan.global_batch)
+    meter, alarm, watch = Meter(plan.global_batch), LossAlarm(), run.watch
+    stop = run.signals.agreed(accelerator.device)  # it may have come while the run was made ready
     run.model.train()
-    while state.step < plan.num_steps:
+    while state.step < plan.num_steps and not stop:
         progress = Progress(step=state.step, num_steps=plan.num_steps, steps_per_epoch=plan.steps_per_epoch)
 
         # ---------------------------------------------------------------------------------------- one training step
@@ -61,19 +80,23 @@ def train(run: Run) -> str | None:
         method.begin_step(progress)
         outputs = []
         for part in range(plan.accumulate):
+            watch.at(state.step, "waiting for data")
             with meter.waiting():
                 loaded = next(run.batches)
+            watch.at(state.step, "forward and backward")
             run.bad_samples.see(loaded["bad"], loaded["lost"])
             last = part == plan.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-                output = run.model(to_device(loaded, recipe.data, accelerator.device), progress)
+                batch = to_device(loaded, recipe.data, accelerator.device)
+                output = run.model(batch, progress)
                 accelerator.backward(output["loss"] / plan.accumulate)
             outputs.append({name: value.detach() for name, value in output.items()})
         method.gradients_done(progress)
         gradient_norm = clip(accelerator, run.optimizer, recipe.optim.clip_norm)
+        watch.at(state.step, "agreeing")
         figures = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
         agreed = agree(
-            figures["loss"], gradient_norm, stop=signals.received is not None, bad_samples=run.bad_samples.to_share
+            figures["loss"], gradient_norm, stop=run.signals.received is not None, bad_samples=run.bad_samples.to_share
         )
         if agreed.finite:
             run.optimizer.step()
@@ -83,55 +106,63 @@ def train(run: Run) -> str | None:
         run.optimizer.zero_grad()
         state.step += 1
         state.images += plan.global_batch
-        finite_steps.see(agreed.finite, state.step)
         # ------------------------------------------------------------------------------------------------------------
 
-        state.last_loss = agreed.loss if agreed.finite else state.last_loss
+        if run.finite_steps.too_many(agreed):
+            run.finite_steps.where = where_not_finite(run.model, method, batch, progress)
+            run.display.warn(run.finite_steps.report(state.step))
+            return "diverged"
+        watch.begin()  # after the first step: it may compile, and its data may have been far away
         meter.step_done()
         run.display.step(state.step)
-        if not agreed.finite:
+        if agreed.finite:
+            state.last_loss = agreed.loss
+            if warning := alarm.see(agreed.loss, state.step):
+                run.display.warn(warning)
+        else:
             run.display.warn(f"step {state.step}: loss or gradient is not finite; skipped on all processes")
         if agreed.bad_samples:
             for line in run.bad_samples.share():
                 run.display.warn(f"cannot be read, replaced: {line}")
-        end = state.step == plan.num_steps
-        stop = agreed.stop and not end
+        if failed := run.writer.news():
+            run.display.warn(f"a checkpoint could not be written: {failed}; the run goes on, the next one is tried")
+        end, stop = state.step == plan.num_steps, agreed.stop
         if state.step % recipe.log.every == 0 or end or state.step == 1:
             metrics = mean_over_processes(accelerator, figures) | {"loss": agreed.loss, "lr": lr}
             metrics |= {"gradient_norm": float(gradient_norm), "epoch": progress.epoch} | meter.read()
             run.log.write(state.step, metrics)
             run.display.show(state.step, metrics)
             run.judge.note(metrics)
-        if state.step % recipe.eval.every == 0 and not end:  # after the last step the run is judged anyway
-            with meter.aside():
-                judged = run.judge.evaluate(method, final=False)
-            run.log.write(state.step, judged)
-            run.display.show(state.step, judged)
-            for warning in run.judge.verdicts():
-                run.display.warn(warning)
-        if state.step % recipe.checkpoint.every == 0 or end or stop:
+        if state.step % recipe.checkpoint.every == 0 and agreed.finite and not (end or stop):
             with meter.aside():
                 state.seconds += meter.take_seconds()
-                run.save()
-        if stop:
-            break
-    signals.restore()
-    if state.step == plan.num_steps:
-        return None
-    return signals.received or "a signal on another process"
+                run.log.write(state.step, {"checkpoint_stall_seconds": run.save(wait=False)})
+        if state.step % recipe.eval.every == 0 and not (end or stop):  # after the last step the run is judged anyway
+            with meter.aside(), watch.aside("evaluating"):
+                stop = judge(run)
+    state.seconds += meter.take_seconds()
+    if run.writer.last_step != state.step:
+        run.save(wait=True)
+    run.writer.settle(must=True)
+    return "done" if state.step == plan.num_steps else "stopped"
+
+
+def judge(run: Run) -> bool:
+    """Evaluate the backbone by now. Returns whether a signal cut it short."""
+    try:
+        judged = run.judge.evaluate(whole_backbone(run.method, run.recipe, run.accelerator.device), final=False)
+    except Interrupted:
+        return True
+    run.log.write(run.state.step, judged)
+    run.display.show(run.state.step, judged)
+    for warning in run.judge.verdicts():
+        run.display.warn(warning)
+    return False
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
     """What is random inside the model (drop path) is a function of the step and the process."""
     torch.manual_seed(int(stream(seed, STEP, step, process).integers(2**63)))
-
-
-def clip(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:
-    """Scale the whole gradient down to `clip_norm`, if it is longer; returns its norm before that."""
-    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = accelerator.clip_grad_norm_(learning, float("inf") if clip_norm is None else clip_norm)
-    assert norm is not None
-    return norm
 
 
 def mean_over_processes(accelerator: Accelerator, figures: dict[str, Tensor]) -> dict[str, float]:

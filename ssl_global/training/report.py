@@ -1,16 +1,18 @@
 """What a run says of itself in words: at its start, at its end, and in run.json."""
 
+import json
 import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssl_global.recipe import Recipe, flatten
-from ssl_global.training.checkpoint import versions
+from ssl_global.recipe import Recipe, as_json, flatten
+from ssl_global.training.checkpoint import Layout, versions
 from ssl_global.training.optim import peak_lr
 from ssl_global.training.plan import Plan
 
@@ -38,6 +40,21 @@ def arithmetic(plan: Plan, recipe: Recipe) -> list[str]:
         f"length {plan.num_steps} steps = {epochs} ({plan.steps_per_epoch:.4g} steps each)",
         f"lr     {peak} at its peak, after {optim.warmup_epochs:g} epochs",
     ]
+
+
+def resumed(folder: Path, record: dict[str, Any], damaged: list[str], layout: Layout, recipe: Recipe) -> list[str]:
+    """A short table: what was restored, what is different now, what was refused."""
+    state, before = record["state"], record["layout"] | record["recipe"]
+    now = asdict(layout) | json.loads(json.dumps(as_json(recipe)))
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name)]
+    size = sum(file["bytes"] for file in record["files"].values())
+    rows = [
+        ("restored", f"step {state['step']}, {state['images']} images seen, {len(record['tensors'])} tensors"),
+        ("", f"{len(record['files'])} shards of {record['layout']['engine']}, {size / 1e6:.1f} MB, checksums right"),
+        ("changed", "; ".join(changed) or "nothing"),
+        *(("refused", f"{line}; the one before it serves") for line in damaged),
+    ]
+    return [f"going on from {folder}", *(f"  {word:8}  {text}" for word, text in rows)]
 
 
 def baselines(figures: dict[str, float]) -> str:

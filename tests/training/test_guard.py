@@ -2,12 +2,19 @@
 
 import json
 import math
+import os
+import random
+import signal
+import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssl_global.errors import UserError
-from ssl_global.training.guard import BadSamples, FiniteSteps, agree
+from ssl_global.training import guard
+from ssl_global.training.guard import Agreement, BadSamples, FiniteSteps, LossAlarm, StopSignal, agree
 
 
 @pytest.mark.parametrize("loss", [1.5, math.nan, math.inf])
@@ -21,10 +28,61 @@ def test_agreement_of_one(loss, norm):
 
 def test_only_bad_steps_in_a_row_count():
     steps = FiniteSteps(max_bad_steps=2)
-    for step, finite in enumerate([False, False, True, False, False]):
-        steps.see(finite, step)
-    with pytest.raises(UserError, match="not finite in 3 steps in a row, 3 to 5"):
-        steps.see(False, 5)
+    for finite in (False, False, True, False, False):
+        assert not steps.too_many(agreement(finite))
+    assert steps.too_many(agreement(False))
+    steps.where = ["process 1: the output of encoder.norm is not finite"]
+    report = steps.report(6)
+    assert "not finite in 3 steps in a row, 4 to 6; none of them changed the weights" in report
+    assert "last losses: nan, nan, 1, nan, nan, nan" in report
+    assert report.endswith("process 1: the output of encoder.norm is not finite")
+
+
+def agreement(finite):
+    return Agreement(loss=1.0 if finite else math.nan, finite=finite, stop=False, bad_samples=False)
+
+
+def test_a_loss_that_jumps_and_stays_is_said_once():
+    alarm, noise = LossAlarm(), random.Random(0)
+    said = [alarm.see(2 + noise.gauss(0, 0.05), step) for step in range(300)]
+    assert said == [None] * 300
+    assert [alarm.see(8.0, 301), alarm.see(2.0, 302), alarm.see(9.0, 303)] == [None] * 3  # one high loss is none
+    said = [alarm.see(4 + noise.gauss(0, 0.05), step) for step in range(304, 350)]
+    (line,) = [line for line in said if line]
+    assert "the loss has jumped to 4." in line
+    assert "it was 1.99" in line
+    for step in range(350, 600):
+        assert alarm.see(4.0, step) is None  # it is the usual one by now
+    assert any(alarm.see(9.0, step) for step in range(600, 610))
+
+
+@given(level=st.floats(0.01, 100), noise=st.floats(0, 0.5), falls=st.floats(0, 0.01), seed=st.integers(0, 99))
+def test_a_loss_that_falls_however_noisily_raises_no_alarm(level, noise, falls, seed):
+    alarm, draw = LossAlarm(), random.Random(seed)
+    for step in range(400):
+        loss = level * math.exp(-falls * step) * (1 + noise * draw.uniform(-1, 1))
+        assert alarm.see(loss, step) is None
+
+
+@pytest.mark.parametrize("number", StopSignal.NUMBERS)
+def test_a_signal_is_noted_and_a_second_one_meets_the_handlers_of_before(number):
+    before = [signal.getsignal(n) for n in StopSignal.NUMBERS]
+    with StopSignal() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == signal.Signals(number).name
+        assert stop.agreed(torch.device("cpu"))
+        assert [signal.getsignal(n) for n in StopSignal.NUMBERS] == before
+    assert [signal.getsignal(n) for n in StopSignal.NUMBERS] == before
+
+
+def test_after_the_grace_a_run_ends_as_it_is(monkeypatch, capsys):
+    left = threading.Event()
+    monkeypatch.setattr(guard, "leave", left.set)
+    with StopSignal(grace=0.05):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert left.wait(5)
+    assert "--grace 0.05: not saved that soon after SIGUSR1" in capsys.readouterr().err
 
 
 def test_bad_samples_are_counted_once_and_logged(tmp_path):

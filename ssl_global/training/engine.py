@@ -1,0 +1,122 @@
+"""One code path for one process, DDP, FSDP2 and HSDP: what is done to a method before and after Accelerate prepares it.
+
+The launch file says which engine it is (launch/*.yaml); what that means for this model is said here: which modules are
+sharded each by itself (the transformer blocks), in which precision they travel, what is recomputed and compiled.
+
+Under FSDP2 each process keeps its part of every parameter, of the teacher's and the optimizer's too. A part of the
+model cannot be called by itself then: whoever wants the backbone whole, to judge or export it, asks `whole_backbone`.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+
+from ssl_global.encoders.encoder import Encoder
+from ssl_global.errors import UserError
+from ssl_global.methods.method import Method
+from ssl_global.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def name(accelerator: Accelerator) -> str:
+    """In words."""
+    if accelerator.num_processes == 1:
+        return "one process"
+    if not accelerator.is_fsdp2:
+        return "DDP"
+    sizes = accelerator.parallelism_config
+    if sizes is not None and sizes.dp_replicate_size > 1:
+        return f"HSDP, {sizes.dp_replicate_size} x {sizes.dp_shard_size}"
+    return "FSDP2"
+
+
+def prepare(
+    accelerator: Accelerator, method: Method, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The method and its optimizer, on the device and shared as the launch file says.
+
+    The method itself is changed in place under FSDP2, and stays as it is otherwise. Raises UserError where the launch
+    file asks for what cannot be.
+    """
+    refuse_other_engines(accelerator)
+    if recipe.train.recompute_activations:
+        for encoder in method.backbones().values():
+            encoder.recompute_activations()
+    if recipe.train.compile:
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+    if accelerator.is_fsdp2:
+        shard_by_block(accelerator.state.fsdp_plugin, method, recipe.train.precision)
+    elif accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)  # torch has none for CPUs
+    model, prepared = accelerator.prepare(method, optimizer)
+    return model, prepared
+
+
+def refuse_other_engines(accelerator: Accelerator) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(f"fsdp_version = {version}: this program shards with 2; launch/fsdp2.yaml has it")
+        # Accelerate says nothing and replicates.
+        raise UserError("distributed_type = FSDP: needs two GPUs or more; on CPUs use torchrun without a launch file")
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise UserError("fsdp_cpu_ram_efficient_loading = true: fails with buffers such as DINO's centre; give false")
+
+
+def shard_by_block(plugin: FullyShardedDataParallelPlugin, method: Method, precision: str) -> None:
+    """A unit for each transformer block, one for the rest. Gathered in the step's precision, reduced in float32."""
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted(
+        {type(module).__name__ for module in method.modules() if isinstance(module, Block)}
+    )
+    # Inputs are not cast: MAE's targets are the pixels themselves.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=None if precision == "fp32" else DTYPES[precision],
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+
+
+def clip(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:
+    """Scale the whole gradient down to `clip_norm`, if it is longer; returns its norm before that, on the device.
+
+    Its norm is that of all parts on all processes.
+    """
+    accelerator.unscale_gradients()
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(learning, float("inf") if clip_norm is None else clip_norm)
+    return whole(norm).to(accelerator.device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of it, on every process, which all must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_backbone(method: Method, recipe: Recipe, device: torch.device) -> Encoder:
+    """The method's first backbone, to be called by itself: the method's own, or a gathered copy where it is sharded."""
+    encoder = next(iter(method.backbones().values()))
+    tensors = encoder.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return encoder
+    copy = recipe.encoder.build(recipe).to(device)
+    own = copy.state_dict()
+    for key, tensor in tensors.items():
+        own[key].copy_(whole(tensor))
+    return copy
