@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.device_mesh import init_device_mesh
 
 from ssl_global import pretrain
 from ssl_global.training import processes
@@ -29,7 +28,7 @@ def start_sharded(*, shards: int | None, **how) -> tuple[Accelerator, dist.Store
         if shards is not None:
             replicas = accelerator.num_processes // shards
             sizes = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
-            mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+            mesh = sizes.build_device_mesh("cpu")
             AcceleratorState._shared_state["parallelism_config"] = sizes
             AcceleratorState._shared_state["device_mesh"] = mesh
         assert accelerator.is_fsdp2

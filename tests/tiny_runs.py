@@ -1,11 +1,18 @@
-"""Helpers of the tests of runs: a tiny run's command line, and what it leaves."""
+"""Helpers of the tests of runs: a tiny run's command line, processes that do it, and what it leaves."""
 
-import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 
+from ssl_global.training.log import lines_of
 from ssl_global.training.sharded import Sharded
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A dozen steps take a second: 16-pixel views, two blocks, 64 prototypes. Half an epoch of the 24 images is a step.
 TINY = {
@@ -28,6 +35,40 @@ def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]
     return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *every, *TINY[method], *more, "--log-with"]
 
 
+def start(words, *, processes=2, script="pretrain.py", launcher=()):
+    """Real processes over gloo, as torchrun starts them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*command, *launcher, str(ROOT / script), *words],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process, *, seconds=120):
+    """Its code, and what it said on both channels."""
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        out, error = process.communicate()
+        raise AssertionError(f"not at an end after {seconds} s:\n{out[-1500:]}\n{error[-3000:]}") from None
+    return process.returncode, out, error
+
+
+def kill_all(process) -> None:
+    """torchrun and its workers, which have sessions of their own."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+
+
+def wait_for_step(process, run: Path, step: int) -> None:
+    """Until the run has logged that step, or its process has ended."""
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        time.sleep(0.02)
+
+
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """All that the newest checkpoint holds: the method's and the optimizer's tensors."""
     newest = max((run / "checkpoints").glob("step-*"))
@@ -40,7 +81,7 @@ def losses(run: Path) -> list[float]:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(run / "metrics.jsonl")
 
 
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

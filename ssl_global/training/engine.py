@@ -7,6 +7,7 @@ Under FSDP2 each process keeps its part of every parameter, of the teacher's and
 model cannot be called by itself then: whoever wants the backbone whole, to judge or export it, asks `whole_backbone`.
 """
 
+import contextlib
 import os
 
 import torch
@@ -85,6 +86,13 @@ def shard_by_block(plugin: FullyShardedDataParallelPlugin, method: Method, preci
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+
+
+def precision(accelerator: Accelerator, recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """Accelerate wraps the forward pass in autocast, but not under FSDP2: there it is done here."""
+    if not accelerator.is_fsdp2 or recipe.train.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(accelerator.device.type, DTYPES[recipe.train.precision])
 
 
 def clip(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_global.errors import UserError
+from ssl_global.training.log import lines_of
 from ssl_global.training.watch import GO_ON, leave, tell
 
 LOSSES_REPORTED = 8  # ours
@@ -129,7 +130,8 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.restore()
+        if error is None or isinstance(error, UserError):
+            self.restore()  # else the process ends: a launcher's SIGTERM must not keep it from saying why
         if self.timer is not None:
             self.timer.cancel()
 
@@ -173,8 +175,7 @@ class BadSamples:
         self.log = log
         self.num_samples = num_samples
         self.max_fraction = max_fraction
-        lines = log.read_text().splitlines() if log.exists() else []  # of the run's earlier sessions
-        self.known = {line["sample"]: line["reason"] for line in map(json.loads, lines)}
+        self.known = {line["sample"]: line["reason"] for line in lines_of(log)}  # of the run's earlier sessions
         self.new: dict[str, str] = {}
         self.lost: list[str] = []
 

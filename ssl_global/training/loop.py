@@ -22,7 +22,7 @@ from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.checkpoint import RunState, Writer
 from ssl_global.training.diagnose import where_not_finite
-from ssl_global.training.engine import clip, whole_backbone
+from ssl_global.training.engine import clip, precision, whole_backbone
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.optim import set_rates
@@ -61,8 +61,8 @@ class Run:
         """All processes call it. Returns the seconds that training stood still."""
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
-        with self.watch.aside("saving"):
-            return self.writer.save(self.method, self.bare_optimizer, self.state, wait=wait)
+        self.watch.at(self.state.step, "saving")
+        return self.writer.save(self.method, self.bare_optimizer, self.state, wait=wait)
 
 
 def train(run: Run) -> Ending:
@@ -88,7 +88,8 @@ def train(run: Run) -> Ending:
             last = part == plan.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
                 batch = to_device(loaded, recipe.data, accelerator.device)
-                output = run.model(batch, progress)
+                with precision(accelerator, recipe):
+                    output = run.model(batch, progress)
                 accelerator.backward(output["loss"] / plan.accumulate)
             outputs.append({name: value.detach() for name, value in output.items()})
         method.gradients_done(progress)

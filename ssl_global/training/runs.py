@@ -1,6 +1,5 @@
 """The runs in a folder: how far each is, how good, and whether it could go on."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from ssl_global.training.checkpoint import checkpoints, verified
 from ssl_global.training.folder import at_work
+from ssl_global.training.log import lines_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,5 @@ def check(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def last_knn(metrics: Path) -> str:
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    figures = [line["knn"] for line in map(json.loads, lines) if "knn" in line]
+    figures = [line["knn"] for line in lines_of(metrics) if "knn" in line]
     return f"{figures[-1]:.3f}" if figures else "-"

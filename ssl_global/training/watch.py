@@ -66,6 +66,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.store is not None:
+            self.note()
             for work in (self.leave_notes, self.look):
                 threading.Thread(target=work, daemon=True, name=f"watch {work.__name__}").start()
         return self

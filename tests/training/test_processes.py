@@ -6,31 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import arguments, assert_bit_equal, losses, tensors
+from tiny_runs import ROOT, arguments, assert_bit_equal, finish, losses, start, tensors, wait_for_step
 
 from ssl_global.data.pack import pack
 from ssl_global.data.source import open_source
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(words, *, processes=2):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [*command, str(ROOT / "pretrain.py"), *words],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process):
-    out, error = process.communicate(timeout=120)
-    return process.returncode, out, error
 
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
@@ -53,9 +35,7 @@ def test_two_processes_stopped_by_a_signal_and_resumed_are_bit_equal(photographs
     words = ["--encoder.drop-path=0.2", "--train.steps=40"]
     whole = start(arguments("dino", photographs, tmp_path / "whole", *words))
     parted = start(arguments("dino", photographs, tmp_path / "parted", *words))
-    metrics = tmp_path / "parted" / "metrics.jsonl"
-    while parted.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        time.sleep(0.02)
+    wait_for_step(parted, tmp_path / "parted", 3)
     parted.send_signal(signal.SIGTERM)
     _, out, error = finish(parted)  # torchrun ends with its own code after a signal
     assert "the same command goes on" in out, error[-2000:]
@@ -83,9 +63,7 @@ def test_a_shard_that_changes_under_way_stops_all_processes_together(photographs
     packed = pack(open_source(str(photographs)), tmp_path / "shards", shard_bytes=40_000, progress=False)
     out = tmp_path / "run"
     running = start(arguments("mae", tmp_path / "shards", out, "--train.steps=4000", "--checkpoint.every=4000"))
-    metrics = out / "metrics.jsonl"
-    while running.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        time.sleep(0.02)
+    wait_for_step(running, out, 3)
     os.truncate(packed.shards[0], 10_000)
     code, _, error = finish(running)
     assert code != 0
@@ -106,9 +84,7 @@ def test_one_process_stopped_by_a_signal_ends_with_code_0(photographs, tmp_path)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pretrain.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        time.sleep(0.02)
+    wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGINT)
     code, out, error = finish(process)
     assert code == 0, error[-2000:]
