@@ -192,7 +192,7 @@ class Train:
     epochs: float | None = None  # the run's length in passes over the data
     steps: int | None = None  # the run's length in optimizer steps
     global_batch: int  # images of one optimizer step, over all processes: learning does not change with the machine
-    micro_batch: int | None = None  # images that a process takes at once, at most; the rest by accumulation; None: all
+    micro_batch: int | None = None  # images that a process takes at once, at most; accumulation does the rest
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay in float32
     compile: bool = False  # torch.compile each transformer block
     recompute_activations: bool = False  # keep none of the blocks' activations: less memory, about a third slower

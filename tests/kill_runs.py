@@ -24,7 +24,7 @@ from tiny_runs import arguments, finish, kill_all, losses, start, tensors
 
 from ssl_global.data.sample import built_in_sample
 
-STEPS = ["--train.steps=60", "--checkpoint.every=4", "--encoder.drop-path=0.2"]
+STEPS = ["--train.steps=300", "--checkpoint.every=20", "--encoder.drop-path=0.2", "--optim.warmup-epochs=0.1"]
 
 
 def main() -> int:
@@ -35,7 +35,8 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0, help="of the moments and the points")
     given = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_runs-"))
-    words = lambda out: arguments(given.method, built_in_sample()[0], out, *STEPS)  # noqa: E731
+    frozen = ["--method.freeze-prototypes-epochs=0.1"] if given.method == "dino" else []
+    words = lambda out: arguments(given.method, built_in_sample()[0], out, *STEPS, *frozen)  # noqa: E731
     began = time.monotonic()
     code, _, error = finish(start(words(folder / "whole"), processes=given.processes))
     whole_seconds = time.monotonic() - began
@@ -62,13 +63,13 @@ def main() -> int:
 def kill(words: list[str], out: Path, processes: int, draw: random.Random, seconds: float) -> str:
     """Start the command and end it by SIGKILL. Returns how, in words."""
     if draw.random() < 0.5:
-        place, number = draw.choice(sorted(POINTS)), draw.randint(1, 4)
+        place, number = draw.choice(sorted(POINTS)), draw.randint(1, 8)
         rank = draw.randrange(processes) if place.endswith("data") else 0
         begun = start([f"kill:{place}:{number}:{rank}", *words], processes=processes, script="tests/faulty_pretrain.py")
         said = f"process {rank} {place} of save {number}"
     else:
         begun = start(words, processes=processes)
-        moment = draw.uniform(0.2, 1.0) * seconds
+        moment = draw.uniform(0.3, 1.0) * seconds
         begun_at = time.monotonic()
         while begun.poll() is None and time.monotonic() - begun_at < moment:
             time.sleep(0.01)

@@ -1,12 +1,15 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ssl_global import cli
 from ssl_global.encoders.vit import Vit, VitConfig
@@ -153,6 +156,82 @@ def test_export_a_run(dino_run, capsys):
     for name, exported in (("teacher", "export"), ("student", "export-student")):
         tensors = load_file(folder / exported / "model.safetensors")
         assert torch.equal(tensors["norm.bias"], backbones[name].model.norm.bias)
+
+
+def test_merge_a_run(dino_run, tmp_path, capsys):
+    folder, backbones = dino_run
+    run("merge", folder, "--out", tmp_path / "new" / "whole.safetensors")
+    assert "tensors of" in capsys.readouterr().out
+    merged = load_file(tmp_path / "new" / "whole.safetensors")
+    assert merged["centre"].shape == (8,)
+    for name, encoder in backbones.items():
+        own = encoder.state_dict()
+        assert [key for key in own if not torch.equal(own[key], merged[f"{name}.encoder.{key}"])] == []
+    run("merge", folder, "--out", tmp_path / "more.safetensors", "--optimizer")
+    assert merged.keys() <= load_file(tmp_path / "more.safetensors").keys()
+    assert "a .safetensors file would be right" in refused(capsys, "merge", folder, "--out", tmp_path / "x.pth")
+    assert "no checkpoint there" in refused(capsys, "merge", tmp_path, "--out", tmp_path / "x.safetensors")
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["whole.safetensors"]
+
+
+MERGE = """
+import sys, threading
+from pathlib import Path
+from ssl_global.training.sharded import Sharded, merge
+def own_memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+before, most, over = own_memory(), 0, threading.Event()
+def watch():
+    global most
+    while not over.wait(0.001):
+        most = max(most, own_memory())
+threading.Thread(target=watch, daemon=True).start()
+with Sharded(Path(sys.argv[1])) as kept:
+    count = len(list(merge(kept, kept.names(), Path(sys.argv[2]))))
+over.set()
+print(count, most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_merging_holds_one_tensor_at_a_time(tmp_path):
+    """Eight tensors of 32 MB, each cut in two; the process takes twice one of them and a little at most."""
+    rows, columns, count = 4096, 2048, 8
+    for part in range(2):
+        tensors = {f"method/t{n}": torch.full((rows // 2, columns), float(10 * n + part)) for n in range(count)}
+        places = {name: {"saved_offsets": [part * rows // 2, 0]} for name in tensors}
+        save_file(tensors, tmp_path / f"shard-{part}.safetensors", metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    del tensors
+    words = [str(tmp_path), str(tmp_path / "one.safetensors")]
+    done = subprocess.run([sys.executable, "-c", MERGE, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    merged_tensors, most_bytes = map(int, done.stdout.split())
+    assert merged_tensors == count
+    assert 2**24 < most_bytes < 2 * 2**25 + 2**24
+    with safe_open(tmp_path / "one.safetensors", "pt") as merged:
+        for n in range(count):
+            whole = merged.get_slice(f"t{n}")
+            assert whole.get_shape() == [rows, columns]
+            assert whole[0, :2].tolist() == [10 * n] * 2
+            assert whole[rows - 1, :2].tolist() == [10 * n + 1] * 2
+
+
+def test_list_runs(dino_run, tmp_path, capsys):
+    folder, _ = dino_run
+    (folder / "run.json").write_text("{}")
+    lines = [json.dumps({"step": n, "knn": n / 10}) for n in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "kn']))  # cut short by a kill
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text("{}")
+    run("runs", tmp_path)
+    table = capsys.readouterr().out
+    assert re.search(r"other +- +- +- +- +no checkpoint yet", table)
+    assert re.search(r"run +dino on vit_\S+ +1 +0.200 +step-00000001 +yes", table)
+    (shard,) = folder.glob("checkpoints/*/*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-4])
+    run("runs", folder)
+    assert re.search(rf"NO: {shard.name} is damaged", capsys.readouterr().out)
+    assert "no run there" in refused(capsys, "runs", tmp_path / "nowhere")
 
 
 def test_evaluate_a_run(dino_run, pictures, capsys):

@@ -19,7 +19,10 @@ class Plan:
 
 
 def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
-    """Raises UserError where the global batch cannot be shared out evenly, or a warm-up outlasts the run."""
+    """The global batch is the recipe's, so processes x parts x images at once is solved for the processes there are.
+
+    Raises UserError where the global batch cannot be shared out evenly, or a warm-up outlasts the run.
+    """
     train = recipe.train
     if train.global_batch % recipe.data.repeats:
         raise wrong("data.repeats", recipe.data.repeats, f"must divide train.global_batch = {train.global_batch}")
@@ -34,21 +37,19 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
         recipe.check_durations(num_steps / steps_per_epoch)
     if train.global_batch % num_processes:
         right = nearest_multiples(train.global_batch, num_processes)
+        others = nearest_divisors(train.global_batch, num_processes)
         raise wrong(
-            "train.global_batch", train.global_batch, f"cannot be shared by {num_processes} processes; {right} can"
-        )
+            "train.global_batch", train.global_batch,
+            f"cannot be shared by {num_processes} processes; {right} can, or {others} processes can share it",
+        )  # fmt: skip
     share = train.global_batch // num_processes
-    micro_batch = min(train.micro_batch or share, share)
-    if share % micro_batch:
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
-        nearest = min(divisors, key=lambda n: (abs(n - micro_batch), n))
+    micro_batch = largest_part(share, at_most=train.micro_batch or share, multiple_of=recipe.data.repeats)
+    if micro_batch is None:
         raise wrong(
-            "train.micro_batch", micro_batch, f"does not divide a process's share of the batch, {share}; {nearest} does"
-        )
-    if micro_batch % recipe.data.repeats:
-        raise wrong(
-            "data.repeats", recipe.data.repeats, f"must divide what a process takes at once, {micro_batch} images"
-        )
+            "data.repeats", recipe.data.repeats,
+            f"a process's share of the batch is {share} images, at most {train.micro_batch or share} of them at once: "
+            "none of its parts has all views of an image",
+        )  # fmt: skip
     return Plan(
         num_images=num_images,
         epoch_images=epoch_images,
@@ -61,6 +62,19 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
     )
 
 
+def largest_part(share: int, *, at_most: int, multiple_of: int) -> int | None:
+    """The most images at once that a share can be cut into evenly."""
+    parts = (n for n in range(min(at_most, share), 0, -1) if share % n == 0 and n % multiple_of == 0)
+    return next(parts, None)
+
+
 def nearest_multiples(value: int, of: int) -> str:
     below = value // of * of
     return " or ".join(str(n) for n in (below, below + of) if n)
+
+
+def nearest_divisors(value: int, near: int) -> str:
+    """Those next to `near` on both sides."""
+    below = next(n for n in range(near, 0, -1) if value % n == 0)
+    above = next((n for n in range(near, value + 1) if value % n == 0), None)
+    return " or ".join(str(n) for n in (below, above) if n)

@@ -101,7 +101,7 @@ def merge(kept: Sharded, names: Iterable[str], out: Path) -> Iterator[str]:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in names:
                 tensor = kept.read(name).contiguous()
-                file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
                 yield name
         temporary.rename(out)
     finally:

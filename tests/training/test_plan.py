@@ -35,6 +35,20 @@ def test_the_parts_make_the_whole(processes, micro, accumulate, images):
     assert plan.steps_per_epoch * plan.global_batch == pytest.approx(images)
 
 
+@given(share=st.integers(1, 500), processes=st.integers(1, 9), micro=st.integers(1, 600), repeats=st.integers(1, 4))
+def test_the_batch_is_the_recipes_on_any_number_of_processes(share, processes, micro, repeats):
+    """The parts are as large as they may be, whatever the machine; a repeated sample's views stay together."""
+    recipe = replace(train(global_batch=processes * share * repeats, micro_batch=micro), data=Data(repeats=repeats))
+    fitting = [n for n in range(1, micro + 1) if share * repeats % n == 0 and n % repeats == 0]
+    if not fitting:
+        with pytest.raises(UserError, match=r"data\.repeats = "):
+            plan_run(recipe, num_images=10**6, num_processes=processes)
+        return
+    plan = plan_run(recipe, num_images=10**6, num_processes=processes)
+    assert plan.num_processes * plan.accumulate * plan.micro_batch == recipe.train.global_batch
+    assert plan.micro_batch == max(fitting)
+
+
 def test_the_rest_of_an_epoch_may_be_left_out():
     recipe = replace(train(global_batch=12, epochs=50), data=Data(last_batch="drop"))
     plan = plan_run(recipe, num_images=50, num_processes=1)
@@ -49,7 +63,8 @@ def test_the_rest_of_an_epoch_may_be_left_out():
 def test_repeats_divide_what_a_process_takes_at_once():
     recipe = replace(train(global_batch=24, micro_batch=6), data=Data(repeats=2))
     assert plan_run(recipe, num_images=5000, num_processes=2).micro_batch == 6
-    for repeats, words in ((5, "must divide train.global_batch = 24"), (4, "at once, 6 images")):
+    assert plan_run(replace(recipe, data=Data(repeats=4)), num_images=5000, num_processes=2).micro_batch == 4
+    for repeats, words in ((5, "must divide train.global_batch = 24"), (8, "12 images, at most 6 of them at once")):
         with pytest.raises(UserError, match=f"data.repeats = {repeats}: .*{words}"):
             plan_run(replace(recipe, data=Data(repeats=repeats)), num_images=5000, num_processes=2)
 
@@ -64,11 +79,11 @@ def test_steps_and_epochs():
 @pytest.mark.parametrize(
     ("recipe", "processes", "message"),
     [
-        (train(), 3, "train.global_batch = 4096: cannot be shared by 3 processes; 4095 or 4098 can"),
         (
-            train(micro_batch=60),
-            2,
-            "train.micro_batch = 60: does not divide a process's share of the batch, 2048; 64 does",
+            train(),
+            3,
+            "train.global_batch = 4096: cannot be shared by 3 processes; 4095 or 4098 can, "
+            "or 2 or 4 processes can share it",
         ),
         (train(epochs=None, steps=1), 1, "optim.warmup_epochs = 40: longer than the run, which has 4.096 epochs"),
     ],
