@@ -24,7 +24,7 @@ PIECES = [piece.strip() for line in COMMANDS for piece in line.split("&&")]
 JOBS = [piece for piece in PIECES if "--recipe" in piece]
 TOOLS = [piece for piece in PIECES if piece.startswith("ssl-global")]
 FIRST, *OTHERS = JOBS
-SEVERAL = [job for job in OTHERS if "--multi_gpu" in job or "torchrun" in job]  # two processes: training/test_processes
+SEVERAL = [job for job in OTHERS if "launch/" in job or "torchrun" in job]  # two processes: training/test_processes
 SHORT = [
     "--train.steps=2", "--optim.warmup-epochs=0", "--data.workers=0", "--device=cpu", "--train.precision=fp32",
     "--train.global-batch=8", "--eval.no-linear", "--eval.bank-images=64",
@@ -54,7 +54,7 @@ def launcher_and_job(job: str) -> tuple[list[str], list[str]]:
 def desk(tmp_path_factory):
     """A folder as README's reader has it: the checkout's files, images, labelled images, a recipe of one's own."""
     folder = tmp_path_factory.mktemp("desk")
-    for name in ("pretrain.py", "recipes", "ssl_global"):
+    for name in ("pretrain.py", "launch", "recipes", "ssl_global"):
         (folder / name).symlink_to(ROOT / name)
     image = photograph("coffee.png")
     for number in range(16):
@@ -100,7 +100,7 @@ def test_the_walk_finds_the_commands():
     assert len(JOBS) >= 10
     assert len(TOOLS) >= 4
     assert FIRST == "accelerate launch pretrain.py --recipe dino"
-    assert len(SEVERAL) == 2
+    assert len(SEVERAL) == 3
     others = set(PIECES) - set(JOBS) - set(TOOLS)
     assert others == {"pip install -e .", "pip install -e '.[test]'", "pytest", "python -m benchmarks data"}
 
