@@ -92,6 +92,7 @@ def learn(
     method = recipe.method.build(recipe)
     bare_optimizer = build_optimizer(method, recipe.optim)
     model, optimizer = engine.prepare(accelerator, method, bare_optimizer, recipe)
+    say(f"memory {engine.state_bytes(method) / 1e6:.1f} MB of weights and averages on each process")
     layout = layout_of(plan, recipe, accelerator)
     state = RunState(data=fingerprint(train_data))
     if found:

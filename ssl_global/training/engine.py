@@ -55,12 +55,19 @@ def prepare(
         for module in method.modules():
             if isinstance(module, Block):
                 module.compile()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)  # torch has none for CPUs
     if accelerator.is_fsdp2:
         shard_by_block(accelerator.state.fsdp_plugin, method, recipe.train.precision)
-    elif accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)  # torch has none for CPUs
     model, prepared = accelerator.prepare(method, optimizer)
     return model, prepared
+
+
+def state_bytes(method: Method) -> int:
+    """What this process keeps for good: its part of weights, teacher and buffers, and AdamW's two averages."""
+    kept = sum(local(tensor).numel() * tensor.element_size() for tensor in method.state_dict().values())
+    learning = (parameter for parameter in method.parameters() if parameter.requires_grad)
+    return kept + 2 * sum(local(parameter).numel() * parameter.element_size() for parameter in learning)
 
 
 def refuse_other_engines(accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ Accelerate shards on GPUs only; tests/fsdp_on_cpu.py is pretrain.py with that li
 """
 
 import json
+import re
 
 import pytest
 from tiny_runs import arguments, finish, losses, start, tensors, wait_for_step
@@ -36,7 +37,7 @@ def test_checkpoints_of_any_processes_load_on_any_others(tmp_path):
         ("dino", 4, ["--shards", "2"], "HSDP, 2 x 2"),
     ],
 )
-def test_sharded_processes_equal_one(method, processes, more, engine, run, photographs, tmp_path):
+def test_sharded_processes_equal_one(method, processes, more, engine, run, photographs, tmp_path, capsys):
     front, back = (more, []) if "--shards" in more else ([], more)
     words = [*front, *arguments(method, photographs, tmp_path / "sharded", *TWENTY, *back, f"--val={photographs}")]
     sharded = start(words, processes=processes, script=SHARDED)
@@ -44,12 +45,17 @@ def test_sharded_processes_equal_one(method, processes, more, engine, run, photo
     code, out, error = finish(sharded)
     assert code == 0, error[-3000:]
     assert f"device cpu:0, {engine}" in out
+    cut = 2 if "HSDP" in engine else processes
+    assert kept_mb(out) == pytest.approx(kept_mb(capsys.readouterr().out) / cut, rel=0.1, abs=0.06)
     assert len(losses(one)) == 20
     assert losses(tmp_path / "sharded") == pytest.approx(losses(one), rel=1e-6)
-    for a, b in ((one, tmp_path / "sharded"),):
-        first, second = (json.loads((folder / "summary.json").read_text()) for folder in (a, b))
-        assert first["knn"] == second["knn"]
-        assert first["rankme"] == pytest.approx(second["rankme"], rel=1e-3)
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (one, tmp_path / "sharded"))
+    assert first["knn"] == second["knn"]
+    assert first["rankme"] == pytest.approx(second["rankme"], rel=1e-3)
+
+
+def kept_mb(said: str) -> float:
+    return float(re.search(r"memory ([\d.]+) MB", said)[1])
 
 
 def test_a_run_goes_on_under_another_engine_on_other_processes(run, photographs, tmp_path):
