@@ -2,7 +2,8 @@
 
 Each process notes once a second in the processes' common store how far it is. One that has not moved for `timeout`
 seconds reads the notes of the others and names who is behind, or silent, or out of reach; then it ends, whatever its
-main thread is waiting for. A process that sees an error of its own leaves a note of that too.
+main thread is waiting for. A process that sees an error of its own leaves a note of that too. Before the first step and
+in an evaluation a process may stand still for as long as it takes, but not fall silent.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -40,6 +41,7 @@ class Watch:
         self.begun = threading.Event()
         self.over = threading.Event()
         self.patient = 0
+        self.heard: tuple[float, list[dict[str, Any]]] | None = None  # a patient one's last look at the notes
 
     # ------------------------------------------------------------------------------------------- what the loop tells it
 
@@ -79,8 +81,7 @@ class Watch:
             self.store.set(f"failed {self.rank}", f"{type(error).__name__}: {error}"[:500])
         # An error of its own keeps its traceback; what a partner's end makes of this process is none.
         if is_echo(str(error)) and (gone := self.answered(self.gone)):
-            tell(f"{self.who}: the run ends at step {self.step}: {'; '.join(gone)}. {GO_ON}")
-            leave()
+            self.end(f"the run ends at step {self.step}", gone)
 
     def leave_notes(self) -> None:
         while not self.over.wait(NOTE_EVERY):
@@ -95,23 +96,27 @@ class Watch:
     def look(self) -> None:
         while not self.over.wait(min(NOTE_EVERY, self.timeout / 4)):
             stuck = time.monotonic() - self.moved_at
-            if self.begun.is_set() and not self.patient and stuck > self.timeout:
-                self.end_stuck(stuck)
+            place = f"in {self.doing} of step {self.step + 1}"
+            if stuck <= self.timeout:
+                self.heard = None
+                continue
+            if self.begun.is_set() and not self.patient:
+                what, why = f"no move for {stuck:.0f} s {place}", self.answered(self.behind)
+            else:
+                what, why = f"the run ends {place}", self.answered(self.silent)
+            if why and not self.over.is_set():
+                self.end(what, why)
 
-    def end_stuck(self, seconds: float) -> None:
-        behind = self.answered(self.behind)
-        if behind is None:
-            behind = ["the store of the processes does not answer: the machine that has it, or the way to it, is gone"]
-        since = f"no move for {seconds:.0f} s in {self.doing} of step {self.step + 1}"
-        tell(f"{self.who}: {since}: {'; '.join(behind)}. {GO_ON}")
-        if any(line.startswith(self.who) for line in behind):
+    def end(self, what: str, why: list[str]) -> None:
+        tell(f"{self.who}: {what}: {'; '.join(why)}. {GO_ON}")
+        if any(line.startswith(self.who) for line in why):
             tell(f"{self.who} hangs here:\n{main_thread_stack()}")
         leave()
 
     # ------------------------------------------------------------------------------------------------ whose fault it is
 
-    def answered(self, question: Any) -> list[str] | None:
-        """What `question()` gives, or None if it takes too long: a store on a lost machine blocks whoever asks."""
+    def answered(self, question: Callable[[], list[str]]) -> list[str]:
+        """What `question()` gives, or that nobody can be asked: a store on a lost machine blocks whoever does."""
         answers: list[list[str]] = []
 
         def ask() -> None:
@@ -121,7 +126,7 @@ class Watch:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(STORE_ANSWERS_WITHIN + SILENT_AFTER)
-        return answers[0] if answers else None
+        return answers[0] if answers else [NO_ANSWER]
 
     def notes(self) -> list[dict[str, Any]]:
         assert self.store is not None
@@ -133,6 +138,13 @@ class Watch:
             for rank, key in enumerate(keys)
         ]
 
+    def silent(self) -> list[str]:
+        """Who has left no note since this was last asked, `timeout` ago: thousands must not ask every second."""
+        if self.heard is not None and time.monotonic() - self.heard[0] <= max(self.timeout, SILENT_AFTER):
+            return []
+        before, self.heard = self.heard, (time.monotonic(), self.notes())
+        return self.same(before[1], self.heard[1]) if before else []
+
     def gone(self) -> list[str]:
         """Who has an error of its own, or leaves no notes any more."""
         assert self.store is not None
@@ -141,10 +153,14 @@ class Watch:
         if failed:
             return failed
         time.sleep(SILENT_AFTER)
-        return self.failed(first) or [
-            f"{note['who']} is gone, last heard of at step {note['step']}"
-            for rank, (note, now) in enumerate(zip(first, self.notes(), strict=True))
-            if rank != self.rank and note["at"] == now["at"]
+        return self.failed(first) or self.same(first, self.notes())
+
+    def same(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+        """Whose note is still the same, whatever the machines' clocks say."""
+        return [
+            f"{note['who']} is gone, last heard of at step {note['step']}" if note["at"] else f"{note['who']} {NEVER}"
+            for rank, note in enumerate(before)
+            if rank != self.rank and note["at"] == now[rank]["at"]
         ]
 
     def failed(self, notes: list[dict[str, Any]]) -> list[str]:
@@ -163,15 +179,19 @@ class Watch:
         notes = self.notes()
         least = min(note["moves"] for note in notes)
         if all(note["moves"] == least for note in notes):
-            return ["all processes wait in the same place"]
+            return self.gone() or ["all processes wait in the same place"]
         return [
             f"{note['who']} is behind, in {note['doing']} of step {note['step'] + 1}, "
             f"last heard of {max(time.time() - note['at'], 0):.0f} s ago"
+            if note["at"]
+            else f"{note['who']} {NEVER}"
             for note in notes
             if note["moves"] == least
         ]
 
 
+NEVER = "was never heard of"
+NO_ANSWER = "the store of the processes does not answer: the machine that has it, or the way to it, is gone"
 GO_ON = "The same command goes on from the last checkpoint"
 
 # What gloo and NCCL say on processes whose partner is gone.

@@ -1,10 +1,15 @@
 """One process dies, fails or hangs: the others end soon and name it, and the run goes on from its last checkpoint."""
 
+import queue
 import re
 import time
 
 import pytest
+import torch.distributed as dist
 from tiny_runs import arguments, assert_bit_equal, finish, losses, start, tensors
+
+from ssl_global.training import watch
+from ssl_global.training.watch import Watch
 
 FAULTY = "tests/faulty_pretrain.py"
 LONG = ["--train.steps=24", "--checkpoint.every=4", "--encoder.drop-path=0.2"]
@@ -73,3 +78,35 @@ def test_steps_that_are_not_finite_roll_the_run_back_once(photographs, tmp_path)
     assert "process 1: weights, images and outputs are finite" in out
     assert "rolled back to step 8; the data goes on behind step 13. It is done once" in out
     assert len(losses(tmp_path / "run")) == 24
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """The watches of two processes in this one, in a hurry; `said` is what they would end with."""
+    monkeypatch.setattr(watch, "NOTE_EVERY", 0.05)
+    monkeypatch.setattr(watch, "SILENT_AFTER", 0.5)
+    said = queue.Queue()
+    monkeypatch.setattr(watch, "tell", said.put)
+    monkeypatch.setattr(watch, "leave", lambda: None)
+    store = dist.HashStore()
+    return *(Watch(store, rank=rank, num_processes=2, timeout=0.5) for rank in range(2)), said
+
+
+def test_who_waits_with_patience_ends_when_another_falls_silent(pair):
+    """An evaluation takes as long as it takes; but not on a machine that is gone."""
+    waiting, other, said = pair
+    with waiting, waiting.aside("evaluating"):
+        with other, pytest.raises(queue.Empty):
+            said.get(timeout=3)  # it stands still too, and its notes come
+        assert re.search(r"process 0 .*the run ends in evaluating of step 1: process 1 .*is gone", said.get(timeout=10))
+
+
+def test_one_that_is_silent_where_all_wait_is_named(pair):
+    waiting, other, said = pair
+    with waiting:
+        with other:
+            for each in (waiting, other):
+                each.at(3, "agreeing")
+            other.note()
+        waiting.begin()
+        assert re.search(r"no move for . s in agreeing of step 4: process 1 .*is gone", said.get(timeout=10))
