@@ -28,6 +28,7 @@ from benchmarks.images import write_photographs, write_tiny_shards
 from benchmarks.measure import Comparison, compare, report
 from benchmarks.reference import views as reference
 from ssl_global.command_line import find
+from ssl_global.data.decode import FORMATS
 from ssl_global.data.loader import Candidate, Decoder, Indexed, Loader, Task
 from ssl_global.data.order import Order
 from ssl_global.data.pack import pack
@@ -195,7 +196,7 @@ class Files(Dataset[torch.Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self.source.place(index)) as image:
+        with Image.open(self.source.place(index), formats=FORMATS) as image:
             return reference.mae(image.convert("RGB"))
 
 
@@ -240,7 +241,7 @@ def each(items: Sequence[Any], work: Callable[[Any], object]) -> int:
 
 
 def opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from ssl_global.command_line import find
+from ssl_global.command_line import find, show_any_name
 from ssl_global.data.doctor import advice, diagnose
+from ssl_global.data.files import read_json
 from ssl_global.data.pack import pack as pack_shards
 from ssl_global.data.progress import report as report_progress
 from ssl_global.data.sample import built_in_sample
@@ -44,6 +45,7 @@ app = tyro.extras.SubcommandApp()
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. What the user got wrong is one line on stderr and exit code 2."""
+    show_any_name()
     try:
         app.cli(
             prog="ssl-global",
@@ -105,7 +107,7 @@ def doctor(
 
     Args:
         data: A folder of images, shards, or a dataset, as for pretrain.py.
-        recipe: Whose views are timed, by name or path, with or without :FUNCTION.
+        recipe: Whose views are timed, by name or path, with or without :FUNCTION; a .py file is a program: it is run.
         workers: Decoding threads to time, besides one; by default one for each core.
         gpu_images_per_second: What one GPU is taken to need, for the count of workers.
         json_file: Also write all that was found to this file.
@@ -141,10 +143,9 @@ def export(
     from ssl_global.training.checkpoint import load_encoder
 
     recipe, chosen, encoder = load_encoder(run, what)
-    summary_file = run / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
+    summary = read_json(run / "summary.json")
     folder = out or run / ("export" if what is None else f"export-{what}")
-    export_encoder(encoder, folder, recipe=recipe, summary=summary, what=chosen)
+    export_encoder(encoder, folder, recipe=recipe, summary=summary if isinstance(summary, dict) else {}, what=chosen)
     num_tensors = len(encoder.model.state_dict())
     print(f"{folder}: the {chosen}, proven: {num_tensors} of {num_tensors} tensors, the same features bit for bit")
     print(f'load it: timm.create_model("local-dir:{folder}", pretrained=True)')
@@ -281,8 +282,11 @@ def run_backbone(run: Path, what: str | None, *, device: torch.device) -> Backbo
 
 
 def console() -> Console:
-    """As wide as it needs to be where it is no terminal: a pipe should not get broken lines."""
-    return Console() if sys.stdout.isatty() else Console(width=1000)
+    """As wide as it needs to be where it is no terminal: a pipe should not get broken lines.
+
+    What it is given is shown as it is: a class or a folder may be called "[/red]".
+    """
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=1000)
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -179,8 +179,15 @@ def one_line(report: str, default: Command) -> str:
     return text
 
 
+def show_any_name() -> None:
+    """A file's or a class's name may be no Unicode: it is escaped then, as on stderr, and ends no program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(job: Callable[[Command, dict[str, object]], None], argv: Sequence[str] | None = None) -> None:
     """Parse, run, and turn a UserError into one line, from one process of each machine, and exit code 2."""
+    show_any_name()
     try:
         command, overridden = parse(sys.argv[1:] if argv is None else argv)
         job(command, overridden)

@@ -48,7 +48,8 @@ def export(encoder: Encoder, folder: Path, *, recipe: Recipe, summary: dict[str,
         write_model(encoder, new, recipe.data)
         num_tensors = prove(encoder, new)
         (new / "README.md").write_text(
-            model_card(encoder, folder.resolve().parent.name, recipe, summary, what=what, num_tensors=num_tensors)
+            model_card(encoder, folder.resolve().parent.name, recipe, summary, what=what, num_tensors=num_tensors),
+            errors="backslashreplace",  # a name that is no UTF-8
         )
         if folder.exists():
             folder.rename(old)

@@ -10,7 +10,8 @@ Where the data lies and where the results go are not part of a recipe: they are 
 import importlib
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ssl_global.errors import UserError, wrong
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # only for the signatures: a recipe builds nothing until it i
 class Data:
     """How samples are read."""
 
-    reader: Literal["indexed", "stream"] = "indexed"  # stream: webdataset's own, for pipes and what no disk holds
+    reader: Literal["indexed", "stream"] = "indexed"  # stream: webdataset's own; pipe:COMMAND is run by the shell
     epoch_images: int | None = None  # images that a stream's epoch is taken to have; indexed data are counted
     channels: int = 3  # of the decoded image: 3 (colour), 1 (grey), or another number: all bands that the files have
     mean: tuple[float, ...] | Literal["auto"] = (0.485, 0.456, 0.406)  # of each channel, in 0..1; or the data's
@@ -354,11 +355,13 @@ def from_json(saved: dict[str, Any]) -> Recipe:
     """The recipe that `as_json` wrote. Encoder and method must be files of this package: nothing else is imported."""
 
     def build(cls: type, prefix: str) -> Any:
-        values = {}
+        values, kinds = {}, get_type_hints(cls)
         for f in fields(cls):
             name = prefix + f.name
             if name in saved:
                 values[f.name] = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+                if not is_a(values[f.name], kinds[f.name]):
+                    raise wrong(name, saved[name], f"of another type than {kinds[f.name]}")
             elif any(other.startswith(f"{name}.") for other in saved):
                 values[f.name] = build(part_class(cls, f.name), f"{name}.")
         return cls(**values)
@@ -371,16 +374,36 @@ def from_json(saved: dict[str, Any]) -> Recipe:
     return build(Recipe, "")
 
 
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether what JSON gave is of a field's type."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_a(value, one) for one in inside)
+    if origin is Literal:
+        return value in inside
+    if origin is tuple and isinstance(value, tuple):
+        kinds = inside[:1] * len(value) if inside[1] is ... else inside
+        return len(value) == len(kinds) and all(map(is_a, value, kinds))
+    if origin is dict and isinstance(value, dict):
+        return all(is_a(one, inside[1]) for one in value.values())
+    if kind in (int, float):
+        return type(value) in (int, kind)  # True is an int too
+    return kind is Any or isinstance(value, origin or kind)
+
+
 def config_class(part: str, kind: str) -> type:
     """The settings' class in ssl_global/encoders/KIND.py or ssl_global/methods/KIND.py."""
     base = {"encoder": EncoderConfig, "method": MethodConfig}[part]
-    if not kind.isidentifier():
+    if not (isinstance(kind, str) and kind.isidentifier()):
         raise wrong(f"{part}.kind", kind, f"the name of a file in ssl_global/{part}s")
     try:
         module = importlib.import_module(f"ssl_global.{part}s.{kind}")
     except ModuleNotFoundError as error:
         raise wrong(f"{part}.kind", kind, f"there is no ssl_global/{part}s/{kind}.py here") from error
-    return next(c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c is not base)
+    settings = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    if not settings:
+        raise wrong(f"{part}.kind", kind, f"there are no settings of {part}s in that file")
+    return settings[0]
 
 
 PARTS = {

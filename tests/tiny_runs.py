@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ssl_global.training.log import lines_of
+from ssl_global.data.files import read_json_lines
 from ssl_global.training.sharded import Sharded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def losses(run: Path) -> list[float]:
 
 
 def metrics(run: Path) -> list[dict]:
-    return lines_of(run / "metrics.jsonl")
+    return read_json_lines(run / "metrics.jsonl")
 
 
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ class HuggingFaceSource(Source):
         self.table = dataset.select_columns([image_column(path, dataset)]).data  # from a file: pickled as its path
         self.find_images()
         self.sizes = self.take(sizes_of(self.images))
-        self.labels, self.classes = labels_of(dataset)
+        self.labels, self.classes = labels_of(path, dataset)
         self.labels = None if self.labels is None else self.take(self.labels)
 
     def find_images(self) -> None:
@@ -62,6 +62,8 @@ class HuggingFaceSource(Source):
         if image.get("bytes") is not None:
             data: bytes = image["bytes"]
             return data
+        if not os.path.isfile(image["path"]):  # a device or a pipe would be read for ever
+            raise BadImage(f"{image['path']} cannot be read: No such file")
         try:
             return Path(image["path"]).read_bytes()
         except OSError as error:
@@ -133,7 +135,7 @@ def sizes_of_chunk(images: Any) -> np.ndarray:
     return sizes
 
 
-def labels_of(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
+def labels_of(path: str, dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
     """Of the column of classes, if there is one and every row has one."""
     from datasets import ClassLabel
 
@@ -145,5 +147,7 @@ def labels_of(dataset: Any) -> tuple[np.ndarray | None, list[str] | None]:
     labels = dataset.data.column(name).to_numpy()
     if labels.dtype.kind == "f" or labels.dtype == object or labels.min() < 0:  # None, or -1: not labelled
         return None, None
-    names = dataset.features[name].names if classed else None
+    names = [str(known) for known in dataset.features[name].names] if classed else None
+    if names is not None and labels.max() >= len(names):
+        raise UserError(f"{path}: {name} has {len(names)} classes, but there are rows of the label {labels.max()}")
     return labels.astype(np.int64), names

@@ -10,7 +10,6 @@ in the user's cache folder.
 import contextlib
 import hashlib
 import os
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ssl_global.data.cache import alone, cache_folder
-from ssl_global.data.shards import Names, ShardIndex, Stamp, index_shard, stamp_of
+from ssl_global.data.shards import MAX_LABEL, NO_LABEL, Names, ShardIndex, Stamp, index_shard, stamp_of
 from ssl_global.data.workers import MOST_WORKERS, num_cores
 from ssl_global.errors import UserError
 
@@ -71,10 +70,34 @@ def read(shard: str) -> ShardIndex | None:
             with place.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 if kept["version"].tolist() == VERSION and kept["stamp"].tolist() == list(stamp):
                     keys = Names(kept["keys"], kept["key_ends"])
-                    return ShardIndex(keys, kept["offsets"], kept["sizes"], kept["labels"], stamp)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            continue  # not there, or damaged
+                    index = ShardIndex(keys, kept["offsets"], kept["sizes"], kept["labels"], stamp)
+                    if makes_sense(index):
+                        return index
+        except Exception:  # not there, or damaged: the zip's parser raises whatever it stumbles over
+            continue
     return None
+
+
+def makes_sense(index: ShardIndex) -> bool:
+    """Whether each number is one that `index_shard` could have found: an index may come with the shards of a stranger.
+
+    Raises UnicodeDecodeError for keys that are no text.
+    """
+    keys, numbers = index.keys, (index.keys.ends, index.offsets, index.sizes, index.labels)
+    if any(array.dtype != np.int64 or array.shape != (len(keys),) for array in numbers) or not len(keys):
+        return False
+    if keys.joined.dtype != np.uint8 or keys.joined.ndim != 1 or keys.ends[-1] != len(keys.joined):
+        return False
+    if not (np.diff(keys.ends, prepend=0) > 0).all() or (keys.joined[keys.ends[:-1]] & 0xC0 == 0x80).any():
+        return False  # a key that is empty, or begins within a letter
+    keys.joined.tobytes().decode()
+    return bool(
+        (index.offsets >= 0).all()
+        and (index.sizes >= 0).all()
+        and (index.sizes <= index.stamp.size - index.offsets).all()
+        and (index.labels >= NO_LABEL).all()
+        and (index.labels <= MAX_LABEL).all()
+    )
 
 
 def write(place: Path, index: ShardIndex) -> None:
@@ -82,7 +105,7 @@ def write(place: Path, index: ShardIndex) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a link that lies there
             np.savez(
                 file,
                 version=np.array(VERSION),

@@ -203,7 +203,9 @@ def settings_of(source: Source, shard_bytes: int, resize: int | None, quality: i
     return what | {"shard_bytes": shard_bytes, "resize": resize, "quality": quality}
 
 
-def refuse_change(note: Path, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+def refuse_change(note: Path, begun: Any, settings: dict[str, Any]) -> None:
+    if not isinstance(begun, dict):
+        raise UserError(f"{note}: does not say which images are packed here; give another folder for the shards")
     for name, value in settings.items():
         if begun.get(name) != value:
             other = f"{name} = {begun.get(name)}, not {value}"

@@ -212,7 +212,8 @@ def look(system: AbstractFileSystem, path: str, folder: Path) -> Remote:
             return said
 
     info = several_tries(ask)
-    size = info.get("size")
+    said = info.get("size")
+    size = said if type(said) is int and said >= 0 else None  # a server may say anything
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     return Remote(url, system, path, folder / local_folder(system, folder_url) / name, size, version)
 

@@ -7,10 +7,11 @@ epoch a sample may come twice or not at all; a resumed run draws anew, so it goe
 have had; a shard that was cut short between two members ends without an error. What still holds: the same views are
 drawn at the same place, a broken image is replaced and counted, and so is a shard that cannot be opened.
 
-A `pipe:` address is a shell command and is run.
+A `pipe:` address is a shell command and is run. A file is never taken for one, whatever its name.
 """
 
 import glob
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from braceexpand import braceexpand
 
 from ssl_global.data.decode import BadImage
 from ssl_global.data.loader import REPLACEMENTS, Candidate
-from ssl_global.data.shards import IMAGE_SUFFIXES, label_in_json, whole_number
+from ssl_global.data.shards import IMAGE_SUFFIXES, MAX_LABEL, NO_LABEL, label_in_json, whole_number
 from ssl_global.data.source import counted
 from ssl_global.errors import UserError
 
@@ -60,11 +61,14 @@ class Streamed:
         self.path = stream.path
         self.failed: list[tuple[str, Exception]] = []
         self.failed_in_a_row = 0
+        self.empty_in_a_row = 0
         self.lock = threading.Lock()
         self.samples: Iterator[dict[str, Any]] = iter(
             webdataset.DataPipeline(
                 webdataset.ResampledShards(stream.shards, seed=seed, worker_seed=lambda: 0, deterministic=True),
+                self.not_empty_for_ever,
                 webdataset.tarfile_to_samples(handler=self.note_failure),
+                self.with_image,
                 webdataset.shuffle(SHUFFLED, initial=min(SHUFFLED, len(stream)), rng=random.Random(seed)),
             )
         )
@@ -82,8 +86,22 @@ class Streamed:
                     return Candidate(url, -1, partial(refuse, error))
                 sample = next(self.samples)
                 self.failed_in_a_row = 0
-                if image := next((sample[s[1:]] for s in IMAGE_SUFFIXES if s[1:] in sample), None):
+                if image := image_of(sample):
                     return Candidate(f"{sample['__url__']}/{sample['__key__']}", label_of(sample), lambda: image)
+
+    def not_empty_for_ever(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Shards as they are opened, until too many in a row held no image: the run would wait for ever."""
+        for shard in shards:
+            if self.empty_in_a_row > REPLACEMENTS:
+                raise UserError(f"{self.path}: {self.empty_in_a_row} shards in a row hold no image")
+            self.empty_in_a_row += 1
+            yield shard
+
+    def with_image(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            if image_of(sample):
+                self.empty_in_a_row = 0
+                yield sample
 
     def note_failure(self, error: Exception) -> bool:
         """A shard that cannot be read is passed over; when no shard can be, the run must not wait for ever."""
@@ -96,10 +114,21 @@ class Streamed:
 
 def expand(path: str) -> list[str]:
     words = list(braceexpand(path))
-    shards = [name for word in words for name in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
+    shards = [name for word in words for name in expand_word(word)]
     if not shards:
         raise UserError(f"{path}: no shard matches")
     return shards
+
+
+def expand_word(word: str) -> list[str]:
+    """A file gets a folder before its name: a stranger's may be called "pipe:rm ..", and webdataset would run it."""
+    if os.path.exists(word):
+        return [os.path.join(".", word)]
+    return [os.path.join(".", name) for name in sorted(glob.glob(word))] if glob.has_magic(word) else [word]
+
+
+def image_of(sample: dict[str, Any]) -> bytes | None:
+    return next((sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample), None)
 
 
 def refuse(error: Exception) -> bytes:
@@ -108,6 +137,6 @@ def refuse(error: Exception) -> bytes:
 
 def label_of(sample: dict[str, Any]) -> int:
     for suffix in ("cls", "txt"):
-        if suffix in sample and (label := whole_number(sample[suffix])) is not None:
-            return max(label, -1)
+        if suffix in sample and (label := whole_number(sample[suffix])) is not None and label <= MAX_LABEL:
+            return max(label, NO_LABEL)
     return label_in_json(sample.get("json", b""))

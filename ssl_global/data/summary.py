@@ -114,8 +114,11 @@ def summary_of(folder: Path, name: str, shards: set[Path]) -> dict[str, Any] | N
         if not summary or summary["mean"] is None or shards != set(shards_named(folder, name)):
             return None
         now = (len(shards), sum(shard.stat().st_size for shard in shards))
-        return summary if now == (summary["shards"], summary["bytes"]) else None
-    except (KeyError, OSError):
+        if now != (summary["shards"], summary["bytes"]) or not 0 < summary["images"] < 2**53:
+            return None
+        colours = np.array([summary["mean"], summary["std"]], dtype=np.float64)
+        return summary if colours.shape == (2, 3) and ((colours >= 0) & (colours <= 1)).all() else None
+    except (KeyError, OSError, TypeError, ValueError, OverflowError):  # a stranger's may hold anything
         return None
 
 

@@ -46,6 +46,8 @@ def load_backbone(
     if what is not None:
         raise UserError(f"--what {what} chooses one of a run's encoders, and {name} is no run folder")
     if folder.is_dir():
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder}: no model.safetensors there; weights in other files are pickles, and not read")
         return of_timm_model(name, timm_model(f"local-dir:{folder}", pretrained=True), device)
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -67,16 +69,27 @@ def timm_model(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def of_timm_model(name: str, model: nn.Module, device: torch.device) -> Backbone:
-    config = resolve_model_data_config(model)
-    channels, pixels, _ = config["input_size"]
+    """Raises UserError if its own config.json asks for images that it does not take, or says no features of them."""
+    model = model.to(device).eval()
+    try:
+        config = resolve_model_data_config(model)
+        channels, pixels, _ = config["input_size"]
+        mean, std = (tuple(map(float, config[name])) for name in ("mean", "std"))
+        Data(channels=channels, mean=mean, std=std, max_pixels=pixels**2).check()
+        with torch.no_grad():
+            features_BD = model(torch.zeros(1, channels, pixels, pixels, device=device))
+        _, width = features_BD.shape
+    except Exception as error:  # of any kind, whatever somebody has written into the file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: gives no features of images as its config describes them: {reason}") from error
     return Backbone(
         name=name,
-        embed=model.to(device).eval(),
+        embed=model,
         pixels=pixels,
         channels=channels,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        width=int(model.num_features),  # type: ignore[arg-type]
+        mean=mean,
+        std=std,
+        width=width,
     )
 
 

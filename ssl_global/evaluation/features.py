@@ -22,6 +22,7 @@ from ssl_global.data.workers import in_order, num_workers, workers
 from ssl_global.errors import UserError
 from ssl_global.recipe import Data
 
+MOST_CLASSES = 2**20  # that are voted for (ours): a label of two thousand million would take all memory
 PIXELS_BASELINE_SIDE = 32  # ours: 3072 numbers of an image, about as many as the widest features
 
 
@@ -133,6 +134,9 @@ def split(
     """
     if val.labels is None:
         raise UserError("the k-NN and the probe need labels: give --val class folders, or labelled shards")
+    for source in (train, val):
+        if source is not None and source.labels is not None and (most := source.labels.max()) >= MOST_CLASSES:
+            raise UserError(f"{source.path}: holds the label {most}; classes are numbered from 0, below {MOST_CLASSES}")
     if train is None or train.labels is None:
         return halves(features_of(val, limit=None), val.classes)
     translation = match_classes(train.classes, val.classes)

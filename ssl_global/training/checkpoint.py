@@ -20,13 +20,14 @@ BaseException: an `except Exception` lets a full disk end the run.
 import json
 import os
 import platform
+import re
 import shutil
 import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +44,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
 from ssl_global.methods.method import Method
-from ssl_global.recipe import Checkpoint, Recipe, as_json, from_json
+from ssl_global.recipe import Checkpoint, Recipe, as_json, from_json, is_a
 from ssl_global.training.sharded import METHOD, OPTIMIZER, Sharded
 
 FORMAT = 2
 RECORD = "checkpoint.json"
+COUNT = range(2**53)  # steps and images in a record (ours)
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what `verified` may raise
 
 T = TypeVar("T")
 
@@ -327,7 +330,8 @@ def gather(mine: T, group: dist.ProcessGroup | None) -> list[T]:
 def checkpoints(run: Path) -> list[Path]:
     """The committed ones, newest first."""
     folder = run / "checkpoints"
-    return sorted(folder.glob("step-*"), key=step_of, reverse=True)
+    named = [found for found in folder.glob("step-*") if re.fullmatch(r"step-\d+", found.name)]
+    return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -350,7 +354,7 @@ def newest(run: Path, *, before: int | None = None) -> tuple[Path, dict[str, Any
         record, complaint = None, None
         try:
             record = verified(folder, part=dist.get_rank() if world else 0, parts=dist.get_world_size() if world else 1)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             complaint = f"{folder}: {error}"
         complaints = [said for said in gather(complaint, world) if said]
         if record is not None and not complaints:
@@ -367,22 +371,30 @@ def bring_back(folder: Path) -> None:
     """A run was killed between the two renames of `put_in_place`."""
     for aside in folder.glob(".old-step-*"):
         final = folder / aside.name.removeprefix(".old-")
-        if final.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(final)
+        try:
+            if final.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(final)
+        except OSError as error:
+            raise UserError(f"{aside}: cannot be put in its place: {error.strerror or error}") from error
 
 
 def verified(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """The record, once every `parts`-th file is as it says, from file number `part` on.
 
-    Raises OSError, ValueError, KeyError, TypeError or AttributeError with the reason.
+    Raises one of DAMAGE with the reason.
     """
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"{RECORD} is missing")
     record: dict[str, Any] = json.loads((folder / RECORD).read_text())
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
     if record.pop("crc32") != own_checksum(record):
         raise ValueError(f"{RECORD} is damaged: its content has another checksum than it says")
+    check_kinds(record, step_of(folder))
+    if foreign := {file.name for file in folder.glob("*.safetensors")} - record["files"].keys():
+        raise ValueError(f"{min(foreign)} is none of its files")
     for name, expected in sorted(record["files"].items())[part::parts]:
         file = folder / Path(name).name
         if not file.is_file():
@@ -393,6 +405,30 @@ def verified(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
     return record
 
 
+def check_kinds(record: dict[str, Any], step: int) -> None:
+    """A right checksum does not say who made the record: what is used later must be of the kind that is used."""
+    state = typed(RunState, record["state"])
+    typed(Layout, record["layout"])
+    counts = (state.step, state.images, state.moved_past)
+    tables = {name: record[name] for name in ("recipe", "tensors", "files")}
+    for name, kept in tables.items():
+        if not isinstance(kept, dict):
+            raise TypeError(f"{RECORD}: {name} is no table")
+    sizes = [size for name, facts in tables["tensors"].items() for size in facts[1:]]
+    sizes += [facts[key] for facts in tables["files"].values() for key in ("bytes", "crc32")]
+    if state.step != step or not all(type(n) is int and n in COUNT for n in (*counts, *sizes)):
+        raise ValueError(f"{RECORD} is of another step, or counts what cannot be counted")
+
+
+def typed(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance of the dataclass. Raises TypeError for a field that it does not have, or of another type."""
+    made = cls(**values)
+    for known in fields(made):  # type: ignore[arg-type]
+        if not is_a(getattr(made, known.name), known.type):
+            raise TypeError(f"{RECORD}: {known.name} = {getattr(made, known.name)!r}")
+    return made
+
+
 def load(folder: Path, method: Method, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> RunState:
     """Put the checkpoint into method and optimizer, on however many processes. All call it.
 
@@ -400,7 +436,9 @@ def load(folder: Path, method: Method, optimizer: torch.optim.Optimizer, record:
     """
     fill_state(optimizer, method, record)
     parts = tensors(method, optimizer)
-    refuse_other_tensors(table(parts), record["tensors"], folder)
+    with Sharded(folder) as kept:
+        for saved in (record["tensors"], kept.table()):
+            refuse_other_tensors(table(parts), saved, folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it may well be alone
@@ -456,17 +494,28 @@ def load_encoder(run: Path, what: str | None) -> tuple[Recipe, str, Encoder]:
     in outline. Raises UserError if there is no checkpoint, or no backbone of that name.
     """
     folder, record = newest_of(run)
-    recipe = from_json(record["recipe"])
-    with torch.device("meta"):
-        outline = recipe.method.build(recipe)
+    recipe, outline = built(folder, record["recipe"])
     backbones = outline.backbones()
     name = what or next(iter(backbones))
     if name not in backbones:
         raise UserError(f"--what {name}: this run has {' and '.join(backbones)}")
     prefix = next(prefix for prefix, module in outline.named_modules() if module is backbones[name])
-    encoder = recipe.encoder.build(recipe)
-    own = encoder.state_dict()
     with Sharded(folder) as kept, torch.no_grad():
-        for key, tensor in own.items():
+        saved = {name: facts for name, facts in kept.table().items() if name.startswith(f"{METHOD}{prefix}.")}
+        own = {f"{METHOD}{prefix}.{key}": tensor for key, tensor in backbones[name].state_dict().items()}
+        refuse_other_tensors(table(own), saved, folder)  # first: what is no larger than its files can be built
+        encoder = recipe.encoder.build(recipe)
+        for key, tensor in encoder.state_dict().items():
             tensor.copy_(kept.read(f"{METHOD}{prefix}.{key}"))
     return recipe, name, encoder.eval()
+
+
+def built(folder: Path, saved: dict[str, Any]) -> tuple[Recipe, Method]:
+    """The recipe of a record, and its method without memory. Raises UserError if it is no recipe of this program."""
+    try:
+        recipe = from_json(saved)
+        recipe.check()
+        with torch.device("meta"):
+            return recipe, recipe.method.build(recipe)
+    except Exception as error:  # of any kind: its values may be of any kind
+        raise UserError(f"{folder}: its recipe cannot be built: {error}".splitlines()[0]) from error

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ssl_global.data.files import read_json
 from ssl_global.data.source import Source, difference
 from ssl_global.data.stream import Stream
 from ssl_global.errors import UserError
@@ -34,6 +35,7 @@ def held(out: Path, *, fresh: bool) -> Iterator[None]:
         def take() -> None:
             try:
                 out.mkdir(parents=True, exist_ok=True)
+                refuse_links(out)
                 lock.enter_context(alone(out))
                 if fresh and any(file.name != ".lock" for file in out.iterdir()):
                     move_aside(out)
@@ -44,6 +46,13 @@ def held(out: Path, *, fresh: bool) -> Iterator[None]:
 
         on_main_for_all(take)
         yield
+
+
+def refuse_links(out: Path) -> None:
+    """A run writes to files of its own: in a stranger's folder metrics.jsonl may be a link to one of the user's."""
+    for file in out.iterdir():
+        if file.is_symlink() and not file.is_dir():
+            raise UserError(f"--out {out}: {file.name} is a link to {os.readlink(file)}; a run writes to its own files")
 
 
 @contextlib.contextmanager
@@ -112,9 +121,9 @@ def refuse_other_data(begun_with: str, data: Source | Stream, out: Path) -> None
     """A run goes on with the samples that it was begun with, or its place among them means nothing."""
     if fingerprint(data) == begun_with:
         return
-    parts = out / "data.json"
-    known = isinstance(data, Source) and parts.is_file()
-    said = f": {difference(json.loads(parts.read_text()), data.parts())}" if known and isinstance(data, Source) else ""
+    before = read_json(out / "data.json")
+    known = isinstance(data, Source) and isinstance(before, dict)
+    said = f": {difference(before, data.parts())}" if known and isinstance(data, Source) else ""
     raise UserError(
         f"--data {data.path}: not the samples that the run in {out} was begun with{said} ({data.describe()} now); "
         "give the same data to go on, or --fresh to begin anew"

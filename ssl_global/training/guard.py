@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_global.data.files import read_json_lines
 from ssl_global.errors import UserError
-from ssl_global.training.log import lines_of
 from ssl_global.training.watch import GO_ON, leave, tell
 
 LOSSES_REPORTED = 8  # ours
@@ -175,7 +175,8 @@ class BadSamples:
         self.log = log
         self.num_samples = num_samples
         self.max_fraction = max_fraction
-        self.known = {line["sample"]: line["reason"] for line in lines_of(log)}  # of the run's earlier sessions
+        lines = read_json_lines(log)  # of the run's earlier sessions
+        self.known = {str(line["sample"]): str(line.get("reason")) for line in lines if "sample" in line}
         self.new: dict[str, str] = {}
         self.lost: list[str] = []
 

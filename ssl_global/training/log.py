@@ -1,20 +1,12 @@
 """What a run writes down: metrics.jsonl, and the trackers that Accelerate knows (TensorBoard, wandb, ...)."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    """What a .jsonl file has; a line that a kill cut short is left out. Nothing where there is no file."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
+from ssl_global.data.files import read_json_lines
 
 
 class MetricsLog:
@@ -32,11 +24,11 @@ class MetricsLog:
             accelerator.init_trackers(run.name, config=flat, init_kwargs={"tensorboard": {"purge_step": start_step}})
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after that step."""
+        """Forget what was written after that step, and what is no line of metrics."""
         if self.accelerator.is_main_process and self.file.exists():
-            lines = [json.dumps(line) for line in lines_of(self.file) if line["step"] <= step]
+            lines = [line for line in read_json_lines(self.file) if type(at := line.get("step")) is int and at <= step]
             temporary = self.file.with_name(f".{self.file.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             temporary.rename(self.file)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

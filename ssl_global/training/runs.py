@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_global.training.checkpoint import checkpoints, verified
+from ssl_global.data.files import read_json_lines
+from ssl_global.training.checkpoint import DAMAGE, checkpoints, verified
 from ssl_global.training.folder import at_work
-from ssl_global.training.log import lines_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def describe(run: Path, directory: Path) -> Listed:
     step = record.get("state", {}).get("step")
     return Listed(
         name=str(run.relative_to(directory)) if run != directory else run.name,
-        recipe=" on ".join(recipe[part] for part in ("method.kind", "encoder.name") if part in recipe) or "-",
+        recipe=" on ".join(str(recipe[part]) for part in ("method.kind", "encoder.name") if part in recipe) or "-",
         step="-" if step is None else str(step),
         knn=last_knn(run / "metrics.jsonl"),
         checkpoint=newest.name if newest else "-",
@@ -54,10 +54,10 @@ def describe(run: Path, directory: Path) -> Listed:
 def check(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         return verified(folder), "yes"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         return {}, f"NO: {error}"
 
 
 def last_knn(metrics: Path) -> str:
-    figures = [line["knn"] for line in lines_of(metrics) if "knn" in line]
+    figures = [line["knn"] for line in read_json_lines(metrics) if isinstance(line.get("knn"), float)]
     return f"{figures[-1]:.3f}" if figures else "-"

@@ -6,6 +6,7 @@ torch.distributed.checkpoint's HuggingFaceStorageWriter writes it. Memory: the l
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from ssl_global.errors import UserError
 
 METHOD, OPTIMIZER = "method/", "optimizer/"  # what a tensor's name begins with
 
@@ -33,7 +36,10 @@ class Part(NamedTuple):
 
 
 class Sharded:
-    """`with Sharded(folder) as kept: kept.read(name)`."""
+    """`with Sharded(folder) as kept: kept.read(name)`.
+
+    Raises UserError, naming the file, for what is no shard of a checkpoint, and for tensors whose parts do not fit.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,14 +48,28 @@ class Sharded:
         self.parts: dict[str, list[Part]] = {}
         with contextlib.ExitStack() as files:
             for path in sorted(self.folder.glob("*.safetensors")):
-                file = files.enter_context(safe_open(path, framework="pt"))
-                places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
-                    shape = file.get_slice(name).get_shape()
-                    offsets = places.get(name, {}).get("saved_offsets", [0] * len(shape))
-                    self.parts.setdefault(name, []).append(Part(file, offsets, shape))
+                try:
+                    self.add(files.enter_context(safe_open(path, framework="pt")))
+                except Exception as error:  # whoever made it: the parsers raise whatever they stumble over
+                    raise UserError(f"{path}: no shard of a checkpoint: {error}".splitlines()[0]) from error
+            for name, parts in self.parts.items():
+                if not fit(parts):
+                    raise UserError(f"{self.folder}: the parts of {name} do not make a whole tensor")
             self.files = files.pop_all()
         return self
+
+    def add(self, file: Any) -> None:
+        """An open shard. Raises ValueError or whatever a header of somebody else's makes of itself."""
+        places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+        for name in file.keys():  # noqa: SIM118  # it is no mapping
+            cut = file.get_slice(name)
+            shape, dtype = cut.get_shape(), cut.get_dtype()
+            offsets = places.get(name, {}).get("saved_offsets", [0] * len(shape))
+            if dtype not in TYPES.values():
+                raise ValueError(f"{name} is of the type {dtype}")
+            if len(offsets) != len(shape) or not all(type(offset) is int and offset >= 0 for offset in offsets):
+                raise ValueError(f"{name} begins at {offsets}, its shape is {shape}")
+            self.parts.setdefault(name, []).append(Part(file, offsets, shape))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -61,8 +81,15 @@ class Sharded:
 
     def shape(self, name: str) -> list[int]:
         """Of the whole tensor."""
-        parts = self.parts[name]
-        return [max(p.offsets[d] + p.shape[d] for p in parts) for d in range(len(parts[0].shape))]
+        return whole_shape(self.parts[name])
+
+    def table(self) -> dict[str, list[Any]]:
+        """{name: [dtype, *shape]} of the whole tensors."""
+        types = {name: str(dtype).removeprefix("torch.") for dtype, name in TYPES.items()}
+        return {
+            name: [types[parts[0].file.get_slice(name).get_dtype()], *whole_shape(parts)]
+            for name, parts in self.parts.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
@@ -74,6 +101,17 @@ class Sharded:
             place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.shape, strict=True))
             whole[place] = part.file.get_tensor(name)
         return whole
+
+
+def whole_shape(parts: list[Part]) -> list[int]:
+    return [max(p.offsets[d] + p.shape[d] for p in parts) for d in range(len(parts[0].shape))]
+
+
+def fit(parts: list[Part]) -> bool:
+    """Of equally many dimensions, and as many numbers as the whole has: what is read is never larger than the files."""
+    if len({len(part.shape) for part in parts}) > 1:
+        return False
+    return sum(math.prod(part.shape) for part in parts) >= math.prod(whole_shape(parts))
 
 
 def merge(kept: Sharded, names: Iterable[str], out: Path) -> Iterator[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, arguments, assert_bit_equal, finish, losses, tensors, wait_for_step
 
+pytestmark = pytest.mark.slow  # a minute and a half
+
 CABLE = "cable"  # the name of the network device at both ends
 TIMEOUT = 6  # seconds without a move, of the runs whose cable is pulled
 # What may come on top: the watch looks once a second and gives the store 15 s to answer, then the launchers end.

@@ -60,6 +60,7 @@ def test_one_that_hangs_is_named_and_says_where(photographs, tmp_path, whole):
     assert_bit_equal(tensors(whole), tensors(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_one_that_hangs_while_saving_ends_the_run_too(photographs, tmp_path):
     """The steps go on while a checkpoint is written; the next save waits for it, and does not wait for ever."""
     words = arguments("mae", photographs, tmp_path / "run", *LONG, "--timeout=4")
