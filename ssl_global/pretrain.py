@@ -62,7 +62,7 @@ def pretrain(command: Command, overridden: dict[str, object]) -> None:
             statistics = with_statistics(recipe.data, train_data, processes_here=processes.here(accelerator))
             recipe = replace(recipe, data=statistics)
         command = replace(command, settings=recipe)
-        with held(out, fresh=command.fresh):
+        with held(out, fresh=command.fresh and not processes.restarted()):
             learn(command, overridden, accelerator, watch, train_data, val_data)
     accelerator.end_training()
 

@@ -12,7 +12,12 @@ from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"data": ["--rounds", "1", "--samples", "3000"], "shuffle": ["--shards", "9"], "soak": ["--samples", "3000"]}
+SMALL = {
+    "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
+    "data": ["--rounds", "1", "--samples", "3000"],
+    "shuffle": ["--shards", "9"],
+    "soak": ["--samples", "3000"],
+}
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

@@ -38,12 +38,10 @@ from ssl_global import command_line
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "launch").iterdir())
 CONFIGS = [file for file in FILES if file.suffix == ".yaml"]
-SHARDED = [file for file in CONFIGS if "fsdp_config:" in file.read_text()]
 BATCH = ROOT / "launch" / "slurm.sbatch"
 LAUNCHERS_OWN = re.compile("ACCELERATE_|FSDP_|PARALLELISM_|PET_|TORCH|SLURM_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_")
 
 by_name = pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-sharded_by_name = pytest.mark.parametrize("file", SHARDED, ids=lambda file: file.name)
 
 PROBE = """
 import json, os, sys
@@ -74,22 +72,22 @@ def surroundings(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | more
 
 
-def launch(file: Path, *words: object, **environment: str) -> subprocess.Popen:
+def launch(file: Path, *words: object) -> subprocess.Popen:
     """`accelerate launch --config_file FILE WORDS`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *words]
     return subprocess.Popen(
         [str(word) for word in command],
-        env=surroundings(**environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     try:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.terminate()  # a launcher ends what it has started
         out, _ = process.communicate(timeout=60)
-        pytest.fail(f"has not ended within a minute:\n{out[-3000:]}")
+        pytest.fail(f"has not ended within two minutes:\n{out[-3000:]}")
     return process.returncode, out
 
 
@@ -386,7 +384,7 @@ class Cluster:
         return batch
 
     def until(self, *files: Path) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not all(file.exists() for file in files):
             assert time.monotonic() < end, self.batches[-1].communicate(timeout=1)
             time.sleep(0.02)

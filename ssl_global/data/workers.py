@@ -99,7 +99,7 @@ def begin_process(function: Callable[..., Any]) -> None:
     """A signal reaches the whole process group: workers must serve the step after which the run is saved."""
     global _known
     _known = function
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

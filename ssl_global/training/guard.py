@@ -7,8 +7,10 @@ to its last good checkpoint, once, with other data before it; then they end it. 
 
 import json
 import math
+import os
 import signal
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from ssl_global.errors import UserError
 from ssl_global.training.watch import GO_ON, leave, tell
 
 LOSSES_REPORTED = 8  # ours
+SAME_SIGNAL_SECONDS = 2.0  # ours
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ class LossAlarm:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop: the step under way is finished and the run saved. A second one kills.
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop: the step under way is finished and the run saved.
+
+    A second SIGTERM or SIGINT ends it as it is, unless it comes so soon that it is the first, handed on by a launcher.
 
     grace  seconds from the signal in which the run must have ended, or it ends by itself as it is; None: no limit
     """
@@ -122,6 +127,7 @@ class StopSignal:
     def __init__(self, grace: float | None = None) -> None:
         self.grace = grace
         self.received: str | None = None
+        self.received_at = 0.0
         self.timer: threading.Timer | None = None
         self.before: dict[signal.Signals, Any] = {}
 
@@ -136,8 +142,12 @@ class StopSignal:
             self.timer.cancel()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self.restore()
+        if self.received is not None:
+            if number != signal.SIGUSR1 and time.monotonic() - self.received_at > SAME_SIGNAL_SECONDS:
+                self.restore()
+                os.kill(os.getpid(), number)
+            return
+        self.received, self.received_at = signal.Signals(number).name, time.monotonic()
         if self.grace is not None:
             self.timer = threading.Timer(self.grace, self.give_up)
             self.timer.daemon = True

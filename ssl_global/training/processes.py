@@ -40,6 +40,12 @@ def start(*, cpu: bool, precision: str, trackers: list[str], run: str) -> tuple[
         )
     except ValueError as error:
         raise UserError(str(error).replace("\n", " ")) from error
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes < world:
+        raise UserError(
+            f"WORLD_SIZE = {world}: Accelerate joins {accelerator.num_processes} of the processes; "
+            "without GPUs --device cpu joins all"
+        )
     return accelerator, store
 
 
@@ -59,6 +65,11 @@ def meet(*, on_gpu: bool) -> dist.Store | None:
     # A connection of its own: while the group waits on the first one, notes go through the second.
     notes = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=20))
     return dist.PrefixStore(f"{attempt()}/notes", notes)
+
+
+def restarted() -> bool:
+    """Whether the launcher has begun these processes again, after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def attempt() -> str:

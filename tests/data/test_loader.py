@@ -150,6 +150,7 @@ def test_worker_processes_outlive_signals(shards, uninterrupted):
                 for worker in multiprocessing.active_children():
                     os.kill(worker.pid, signal.SIGTERM)
                     os.kill(worker.pid, signal.SIGINT)
+                    os.kill(worker.pid, signal.SIGUSR1)
     assert taken == uninterrupted
     assert multiprocessing.active_children() == []
 

@@ -65,14 +65,23 @@ def test_a_loss_that_falls_however_noisily_raises_no_alarm(level, noise, falls, 
 
 
 @pytest.mark.parametrize("number", StopSignal.NUMBERS)
-def test_a_signal_is_noted_and_a_second_one_meets_the_handlers_of_before(number):
+def test_a_signal_is_noted_and_a_later_one_meets_the_handlers_of_before(number, monkeypatch):
     before = [signal.getsignal(n) for n in StopSignal.NUMBERS]
     with StopSignal() as stop:
         assert stop.received is None
         os.kill(os.getpid(), number)
         assert stop.received == signal.Signals(number).name
         assert stop.agreed(torch.device("cpu"))
-        assert [signal.getsignal(n) for n in StopSignal.NUMBERS] == before
+        os.kill(os.getpid(), number)  # the launcher hands on what all have got: it is the same one
+        os.kill(os.getpid(), signal.SIGUSR1)
+        met = []
+        with monkeypatch.context() as patched:
+            patched.setattr(stop, "before", dict.fromkeys(stop.before, lambda *given: met.append(given[0])))
+            patched.setattr(guard, "SAME_SIGNAL_SECONDS", 0.0)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert met == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert met == [signal.SIGTERM]
     assert [signal.getsignal(n) for n in StopSignal.NUMBERS] == before
 
 

@@ -14,7 +14,7 @@ from tiny_runs import ROOT, arguments, assert_bit_equal, losses, metrics, start,
 
 from ssl_global.evaluation.judge import Judge
 from ssl_global.methods.dino import Dino
-from ssl_global.training import checkpoint, guard, loop
+from ssl_global.training import checkpoint, guard, loop, processes
 from ssl_global.training.checkpoint import Writer
 from ssl_global.training.sharded import Sharded
 
@@ -207,3 +207,27 @@ def test_how_to_go_on_is_printed_without_fresh(photographs, tmp_path):
     (line,) = [line for line in said.splitlines() if "the same command goes on" in line]
     assert "pretrain.py --recipe=mae:demo" in line
     assert "--fresh" not in line
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(run, tmp_path, monkeypatch, capsys):
+    """Each of them would be a run of its own, in one folder."""
+
+    class Alone:
+        num_processes = 1
+
+    monkeypatch.setattr(processes, "meet", lambda **how: None)
+    monkeypatch.setattr(processes, "Accelerator", lambda **how: Alone())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = refused(run, capsys, "mae", tmp_path / "run")
+    assert "WORLD_SIZE = 2: Accelerate joins 1 of the processes; without GPUs --device cpu joins all" in error
+
+
+def test_fresh_is_fresh_once(run, tmp_path, monkeypatch):
+    """What a launcher starts again after a failure goes on with what it began."""
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        out = run("mae", tmp_path / "run", "--fresh")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("mae", out, "--fresh")
+    assert list(tmp_path.glob("run.before-*")) == []
+    assert (out / "summary.json").exists()
