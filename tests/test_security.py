@@ -1006,6 +1006,17 @@ def test_postscript_is_no_image(
         benchmark.Files(open_source(str(tmp_path / "folder")))[0]
 
 
+def test_a_file_whose_name_is_no_text_is_named_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a name cannot be printed as it is."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff[bold].png")).write_bytes(b"no image")
+    with pytest.raises(SystemExit) as end:
+        ssl_global("doctor", folder)
+    assert end.value.code == 1
+    assert "\\udcff[bold].png: 8 bytes that are no" in capsys.readouterr().out
+
+
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """Of a few bytes, whatever it says of itself."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
