@@ -279,6 +279,7 @@ def test_accelerate_starts_one_process_on_a_cpu_whatever_it_is_asked_for(tmp_pat
     assert "WORLD_SIZE" not in found
 
 
+@pytest.mark.slow
 def test_processes_go_on_by_themselves_after_one_was_killed(tmp_path):
     """With the command that ddp.yaml shows, at the first restart, where the dead ones' addresses are still to be found.
 

@@ -2,7 +2,6 @@
 
 import queue
 import re
-import time
 
 import pytest
 import torch.distributed as dist
@@ -44,20 +43,15 @@ def test_one_that_fails_is_named_with_its_error(photographs, tmp_path):
     assert re.search(r"process 0 .*the run ends at step 5: process 1 .* failed: RuntimeError: a fault", error)
 
 
-def test_one_that_hangs_is_named_and_says_where(photographs, tmp_path, whole):
-    words = arguments("dino", photographs, tmp_path / "run", *LONG, "--timeout=4")
-    began = time.monotonic()
-    hung = start(["hang:step:14:1", *words], script=FAULTY, launcher=["--max-restarts=1"])
-    code, out, error = finish(hung)
-    assert code == 0, error[-3000:]
-    assert re.search(
-        r"no move for \d+ s in forward and backward of step 15: process 1 .*is behind, in .* of step 1", error
-    )
+def test_one_that_hangs_is_named_and_says_where(photographs, tmp_path):
+    words = arguments("mae", photographs, tmp_path / "run", *LONG, "--timeout=3")
+    code, _, error = finish(start(["hang:step:14:1", *words], script=FAULTY))
+    assert code != 0
+    said = r"no move for \d+ s in forward and backward of step 15: process 1 .*is behind, in .* of step 1"
+    assert re.search(said, error)
     assert "hangs here:" in error
     assert "time.sleep(3600)" in error
-    assert "going on from" in out
-    assert time.monotonic() - began < 100
-    assert_bit_equal(tensors(whole), tensors(tmp_path / "run"))
+    assert "The same command goes on from the last checkpoint" in error
 
 
 @pytest.mark.slow
