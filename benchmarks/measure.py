@@ -49,7 +49,7 @@ class Comparison:
         for option, figure in self.figures().items():
             least, most = figure["spread"]
             numbers = [figure["milliseconds"], least, most, figure["per_second"], figure["times_reference"]]
-            forms = ["{:.3f}", "{:.3f}", "{:.3f}", "{:,.0f}", "{:.2f}"]
+            forms = ["{:.3f}", "{:.3f}", "{:.3f}", "{:,.3g}" if figure["per_second"] < 100 else "{:,.0f}", "{:.2f}"]
             table.add_row(option, *[form.format(number) for form, number in zip(forms, numbers, strict=True)])
         return table
 
@@ -77,7 +77,7 @@ def report(comparisons: list[Comparison], bars: dict[str, tuple[float, float]], 
         console.print(comparison.table())
     promised = Table("figure", "measured", "promised", title="what is promised", box=SIMPLE_HEAD)
     for name, (measured, bar) in bars.items():
-        promised.add_row(name, f"{measured:.2f}", f"at least {bar:g}", style="" if measured >= bar else "red")
+        promised.add_row(name, f"{measured:.3f}", f"at least {bar:g}", style="" if measured >= bar else "red")
     if bars:
         console.print(promised)
     if out:

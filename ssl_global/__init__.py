@@ -1,1 +1,3 @@
 """ssl_global: self-supervised pretraining of vision backbones. The way in is pretrain.py; README.md has the tree."""
+
+from ssl_global.encoders import global_swin as global_swin  # timm knows its models from here on

@@ -146,6 +146,8 @@ def model_card(
     numbers = as_json(recipe)
     figures = {name: value for name, value in summary.items() if isinstance(value, str | int | float)}
     method, size = str(numbers["method.kind"]).upper(), f"{encoder.pixels} x {encoder.pixels}"
+    ours = type(encoder.model).__module__.startswith("ssl_global.")
+    register = "import ssl_global  # timm knows the architecture from here on\n" if ours else ""
     return f"""---
 library_name: timm
 tags:
@@ -163,7 +165,7 @@ When it was written timm loaded it again: {num_tensors} of {num_tensors} tensors
 ## Load
 
 ```python
-import timm
+{register}import timm
 
 name = "local-dir:PATH/OF/THIS/FOLDER"
 model = timm.create_model(name, pretrained=True)  # images -> (B, {encoder.width})
@@ -173,7 +175,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ```
 
 ```python
-from transformers import AutoModel
+{register}from transformers import AutoModel
 
 model = AutoModel.from_pretrained("PATH/OF/THIS/FOLDER")  # .pooler_output: (B, {encoder.width})
 ```

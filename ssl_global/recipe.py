@@ -141,6 +141,14 @@ class EncoderConfig:
     def check(self, recipe: "Recipe") -> None:
         raise NotImplementedError
 
+    def hides(self, masking: str) -> int | None:
+        """Side, in pixels, of the patches that it can leave out or replace under that masking; None: it cannot."""
+        raise NotImplementedError
+
+    def summary_stands_apart(self) -> bool:
+        """Whether the summary has parameters of its own, on which no patch depends."""
+        return False
+
     def build(self, recipe: "Recipe") -> "Encoder":
         """For the recipe's global views and channels."""
         raise NotImplementedError

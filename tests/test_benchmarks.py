@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks import reach, swin
 from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
@@ -15,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 SMALL = {
     "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
+    "reach": ["--small", "--seeds", "1"],
     "shuffle": ["--shards", "9"],
     "soak": ["--samples", "3000"],
+    "swin": ["--small", "--rounds", "1"],
 }
 
 
@@ -43,6 +47,52 @@ def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
         assert len(found["comparisons"]) == 7
         assert len(found["promised"]) == 7
         assert all(figure["measured"] > 0 for figure in found["promised"].values())
+    if name == "swin":
+        found = json.loads((tmp_path / "out").read_text())
+        assert len(found["comparisons"]) == len(found["promised"]) == 4
+        memory = found["figures"]["masking"]
+        assert memory["uniform"]["kept_bytes"] < memory["dense"]["kept_bytes"] / 2
+        assert all(figure["peak_bytes"] >= figure["kept_bytes"] for figure in memory.values())
+
+
+def test_uncounted_attention_would_show() -> None:
+    """Full attention's multiply-adds among all patches, on the meta device as where they are done."""
+    for name in (swin.PLAIN, swin.SCRATCH, swin.FULL):
+        assert swin.multiply_adds(name, 64, True) == swin.multiply_adds(name, 64, True, device="cpu")
+    patches, blocks, widths = [256, 64, 16, 4], range(4), [32, 64, 128, 256]
+    attention = sum(2 * (patches[i] + 8) ** 2 * widths[i] for i in blocks)
+    products = sum((patches[i] + 8) * 4 * widths[i] ** 2 + 8 * widths[max(0, i - 1)] * widths[i] for i in blocks)
+    more = swin.multiply_adds(swin.FULL, 64, True) - swin.multiply_adds(swin.PLAIN, 64, True)
+    assert more == attention + products
+
+
+def test_far_marks_half_of_them_alike() -> None:
+    images, labels = reach.examples(200, 64, seed=3)
+    again, _ = reach.examples(200, 64, seed=3)
+    other, _ = reach.examples(200, 64, seed=4)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, other)
+    assert labels.sum() == 100
+    first, second = reach.corners(200, 64, torch.Generator().manual_seed(3))
+    assert ((first - second).abs() >= 64 - 8 - 2 * reach.JITTER).all()
+    assert ((first >= 0) & (first <= 64 - reach.MARK)).all()
+    assert ((second >= 0) & (second <= 64 - reach.MARK)).all()
+    assert 60 < (first < second).all(1).sum() < 140  # both diagonals
+
+
+def test_labels_say_whether_the_colours_are_alike() -> None:
+    images, labels = reach.examples(50, 64, seed=0)
+    for image, label in zip(images, labels, strict=True):
+        marks = (image - reach.GREY) > 1
+        colours = {tuple(colour) for colour in marks.flatten(1).t().tolist() if any(colour)}
+        assert len(colours) == (1 if label else 2)
+
+
+@pytest.mark.parametrize(("pixels", "share"), [(64, 0.25), (96, 0.0)])
+def test_what_sees_both_corners(pixels: int, share: float) -> None:
+    seen = {name: reach.sees_both(reach.built(name, pixels, seed=0), pixels) for name in reach.MODELS}
+    assert seen.pop("timm's Swin") == share
+    assert set(seen.values()) == {1.0}
 
 
 def test_an_unknown_one_is_one_line() -> None:

@@ -163,7 +163,7 @@ def test_merge_a_run(dino_run, tmp_path, capsys):
     run("merge", folder, "--out", tmp_path / "new" / "whole.safetensors")
     assert "tensors of" in capsys.readouterr().out
     merged = load_file(tmp_path / "new" / "whole.safetensors")
-    assert merged["centre"].shape == (8,)
+    assert merged["centre.value"].shape == (8,)
     for name, encoder in backbones.items():
         own = encoder.state_dict()
         assert [key for key in own if not torch.equal(own[key], merged[f"{name}.encoder.{key}"])] == []

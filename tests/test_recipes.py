@@ -37,9 +37,26 @@ def test_a_recipe_says_what_how_and_where_its_numbers_are_from(name):
         assert words in head, words
 
 
+@pytest.mark.parametrize("name", list(recipe_files()))
+def test_options_that_a_recipe_offers_go_with_it(name):
+    """The lines of its head that are nothing but options."""
+    head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
+    offers = [line.split() for line in head.splitlines() if line.startswith("    --")]
+    assert len(offers) == {"mae_swin": 2, "dino_swin": 1}.get(name, 0)
+    for words in offers:
+        command, _ = parse(["--recipe", f"{name}:recipe", *words])
+        command.settings.check()
+
+
 def test_the_papers_numbers():
     """A few of each, as the authors publish them."""
     mae, dino = load_recipe("mae", "recipe"), load_recipe("dino", "recipe")
+    mae_swin, dino_swin = load_recipe("mae_swin", "recipe"), load_recipe("dino_swin", "recipe")
+    assert (mae_swin.train.global_batch, mae_swin.train.epochs, mae_swin.optim.warmup_epochs) == (4096, 200, 10)
+    assert (mae_swin.method.masking, mae_swin.method.secondary_ratio) == ("uniform", 0.25)
+    assert (mae_swin.encoder.window, mae_swin.views.globals.pixels, mae_swin.method.decoder_depth) == (16, 256, 2)
+    assert (dino_swin.train.global_batch, dino_swin.train.epochs) == (512, 300)
+    assert (dino_swin.method.teacher_temp, dino_swin.method.teacher_temp_warmup_epochs) == ((0.04, 0.07), 30)
     assert (mae.train.global_batch, mae.train.epochs, mae.optim.lr_per_256_images) == (4096, 800, 1.5e-4)
     assert (mae.method.mask_ratio, mae.optim.betas, mae.optim.weight_decay) == (0.75, (0.9, 0.95), (0.05, 0.05))
     assert (dino.train.global_batch, dino.train.epochs, dino.optim.lr_per_256_images) == (512, 100, 5e-4)

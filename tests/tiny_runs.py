@@ -14,25 +14,31 @@ from ssl_global.training.sharded import Sharded
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A dozen steps take a second: 16-pixel views, two blocks, 64 prototypes. Half an epoch of the 24 images is a step.
+# A dozen steps take a second: 16-pixel views, small encoders, 64 prototypes. Half an epoch of the 24 images is a step.
+VIT = ["--encoder.width=32", "--encoder.heads=2", "--encoder.depth=2"]
+SWIN = [
+    "--encoder.patch=2", "--encoder.width=8", "--encoder.depths", "1", "1", "2", "--encoder.heads", "1", "2", "2",
+    "--encoder.window=4", "--encoder.tokens=2",
+]  # fmt: skip
+DINO = [
+    "--views.globals.pixels=16", "--views.locals.pixels=8", "--views.locals.count=2", "--method.prototypes=64",
+    "--method.head-hidden=32", "--method.head-bottleneck=16", "--method.freeze-prototypes-epochs=1",
+]  # fmt: skip
+MAE = ["--views.globals.pixels=16", "--method.decoder-width=32", "--method.decoder-depth=1"]
 TINY = {
-    "dino": [
-        "--views.globals.pixels=16", "--views.locals.pixels=8", "--views.locals.count=2", "--method.prototypes=64",
-        "--method.head-hidden=32", "--method.head-bottleneck=16", "--method.freeze-prototypes-epochs=1",
-        "--encoder.patch=8",
-    ],
-    "mae": ["--views.globals.pixels=16", "--method.decoder-width=32", "--method.decoder-depth=1", "--encoder.patch=4"],
-}  # fmt: skip
+    "dino": [*DINO, *VIT, "--encoder.patch=8"],
+    "mae": [*MAE, *VIT, "--encoder.patch=4"],
+    "dino_swin": [*DINO, *SWIN, "--method.region-loss"],
+    "mae_swin": [*MAE, *SWIN, "--method.secondary-ratio=0.25"],
+}
 EVERY = [
-    "--encoder.width=32", "--encoder.heads=2", "--encoder.depth=2", "--train.global-batch=12", "--train.epochs=None",
-    "--train.steps=8", "--optim.warmup-epochs=1", "--log.every=1", "--eval.every=100", "--checkpoint.every=3",
-    "--data.workers=0", "--device=cpu", "--log-with=",
+    "--train.global-batch=12", "--train.epochs=None", "--train.steps=8", "--optim.warmup-epochs=1", "--log.every=1",
+    "--eval.every=100", "--checkpoint.every=3", "--data.workers=0", "--device=cpu",
 ]  # fmt: skip
 
 
 def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]:
-    every = [word for word in EVERY if word != "--log-with="]
-    return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *every, *TINY[method], *more, "--log-with"]
+    return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *EVERY, *TINY[method], *more, "--log-with"]
 
 
 def start(words, *, processes=2, script="pretrain.py", launcher=()):

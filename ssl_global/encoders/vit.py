@@ -17,7 +17,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ssl_global.encoders.encoder import Encoder, Tokens, visible_index
+from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens, visible_index
 from ssl_global.encoders.positions import sincos_positions
 from ssl_global.errors import wrong
 from ssl_global.recipe import EncoderConfig, Recipe, in_range
@@ -64,6 +64,9 @@ class VitConfig(EncoderConfig):
                 raise wrong(
                     f"views.{group}.pixels", crops.pixels, f"not a multiple of the patch, {patch}; {right} would be"
                 )
+
+    def hides(self, masking: str) -> int | None:
+        return self.patch or named_model(self.name).patch_embed.patch_size[0]
 
     def build(self, recipe: Recipe) -> "Vit":
         return Vit(self, pixels=recipe.views.globals.pixels, channels=recipe.data.channels)
@@ -115,26 +118,38 @@ class Vit(Encoder):
         assert isinstance(model, VisionTransformer)
         self.model: VisionTransformer = model
         self.pixels, self.channels = pixels, channels
-        self.width = self.model.embed_dim
+        self.width = self.first_width = self.model.embed_dim
         self.patch = self.model.patch_embed.patch_size[0]
         self.recompute = False
         if config.positions == "sincos":
             fix_positions(self.model)
 
-    def encode(self, images: Tensor, hidden: Tensor | None = None, *, num_hidden: int | None = None) -> Tokens:
+    def encode(
+        self,
+        images: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        num_hidden: int | None = None,
+        replaced: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> Tokens:
         x = self.model.patch_embed(images)  # (B, rows, cols, D): the grid is still there
         grid = (x.shape[1], x.shape[2])
+        if replaced is not None:
+            assert token is not None
+            x = replace_tokens(x, replaced, token)
         x = self.model._pos_embed(x)  # (B, prefix + rows * cols, D)
         num_prefix = self.model.num_prefix_tokens
-        if hidden is not None:
-            visible_BN = visible_index(hidden, num_hidden)
+        visible_BN = None if hidden is None else visible_index(hidden, num_hidden)
+        if visible_BN is not None:
             patches = x[:, num_prefix:].gather(1, visible_BN[:, :, None].expand(-1, -1, x.shape[2]))
             x = torch.cat([x[:, :num_prefix], patches], dim=1)
         x = self.model.norm_pre(x)
         recompute = self.recompute and torch.is_grad_enabled()
         x = checkpoint_seq(self.model.blocks, x) if recompute else self.model.blocks(x)
         x = self.model.norm(x)
-        return Tokens(summary=self.model.pool(x), patches=x[:, num_prefix:], grid=grid)
+        places = None if visible_BN is None else visible_BN[:, :, None]
+        return Tokens(summary=self.model.pool(x), patches=x[:, num_prefix:], grid=grid, places=places)
 
     def recompute_activations(self) -> None:
         self.recompute = True

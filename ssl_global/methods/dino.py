@@ -11,7 +11,11 @@ Letters, in this file only:
 Who holds what: the student learns by gradient; the teacher is the student's moving average; the centre is the moving
 average of the teacher's mean logit, the same on every process. All three are in state_dict().
 
-Not as in the paper's code: the gradient is clipped by its global norm, not tensor by tensor; the teacher's temperature
+With `region_loss` patches are compared too, each with the most similar one of the teacher's view (EsViT, Li et al.
+2021, https://arxiv.org/abs/2106.09785); both losses count half, and regions have a head and a centre of their own.
+
+Not as in the paper's code: the prototypes' norms are always fixed at 1 (its option norm_last_layer, which larger runs
+there turn off); the gradient is clipped by its global norm, not tensor by tensor; the teacher's temperature
 rises with each step, not with each epoch; the centre is reduced in the step that made it, so that a run stopped between
 two steps has nothing in flight, and over all parts of an accumulated batch.
 """
@@ -20,7 +24,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import wrong
 from ssl_global.methods.heads import PrototypeHead
 from ssl_global.methods.method import Batch, Method
-from ssl_global.methods.teacher import follow, move_teacher
+from ssl_global.methods.teacher import Centre, follow, move_teacher
 from ssl_global.recipe import MethodConfig, Recipe, in_range, not_longer_than_run
 from ssl_global.schedules import Progress, cosine, linear, share_of
 
@@ -44,6 +47,7 @@ class DinoConfig(MethodConfig):
     teacher_momentum: tuple[float, float] = (0.996, 1.0)  # at the first and at the last step, half a cosine between
     centre_momentum: float = 0.9  # of the teacher's mean logit
     freeze_prototypes_epochs: float = 1.0  # the last layer gets no gradient until then
+    region_loss: bool = False  # match the patches of views too, with a head of their own (Li et al. 2021, EsViT)
 
     def check(self, recipe: Recipe) -> None:
         if self.prototypes < 2:
@@ -84,71 +88,94 @@ class Dino(Method):
         self.student = Distiller(student, config)
         self.teacher = Distiller(teacher, config)
         follow(self.teacher, self.student)
-        self.centre: Tensor
-        self.logit_sum: Tensor
-        self.register_buffer("centre", torch.zeros(config.prototypes))
-        # Of the step under way: the sum of the teacher's logits, over views and parts of the batch, and their number.
-        self.register_buffer("logit_sum", torch.zeros(config.prototypes), persistent=False)
-        self.num_logits = 0
+        self.centre = Centre(config.prototypes)
+        self.region_centre = Centre(config.prototypes) if config.region_loss else None
+
+    def centres(self) -> list[Centre]:
+        return [self.centre] if self.region_centre is None else [self.centre, self.region_centre]
 
     def begin_step(self, progress: Progress) -> None:
-        self.logit_sum.zero_()
-        self.num_logits = 0
+        for centre in self.centres():
+            centre.begin_step()
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        views, num_global = batch["views"], self.num_global_views
-        with torch.no_grad():
-            teacher_logits = self.teacher(views[:num_global]).float()
-        self.logit_sum += teacher_logits.sum(0)
-        self.num_logits += len(teacher_logits)
-        student_logits = self.student(views)
-
-        config = self.config
+        views, num_global, config = batch["views"], self.num_global_views, self.config
         temp = linear(*config.teacher_temp, share_of(progress.epoch, config.teacher_temp_warmup_epochs))
-        teacher_GBK = ((teacher_logits - self.centre) / temp).softmax(-1).unflatten(0, (num_global, -1))
-        student_VBK = student_logits.unflatten(0, (len(views), -1))
+        with torch.no_grad():
+            teacher = self.teacher(views[:num_global])
+            teacher_GBK = probabilities(teacher.logits, self.centre, temp).unflatten(0, (num_global, -1))
+        student = self.student(views)
+
+        student_VBK = student.logits.unflatten(0, (len(views), -1))
         loss = dino_loss(student_VBK, teacher_GBK, student_temp=config.student_temp)
         entropy = -torch.xlogy(teacher_GBK, teacher_GBK).sum(-1).mean()
-        return {
-            "loss": loss,
+        figures = {
             "teacher_entropy_share": entropy / math.log(config.prototypes),
             "teacher_kl": loss.detach()
             - entropy,  # of the student from the teacher: what the student could still learn
         }
+        if self.region_centre is not None:
+            targets = [probabilities(logits, self.region_centre, temp) for logits in teacher.region_logits]
+            by_region = region_loss(student, replace(teacher, region_logits=targets), student_temp=config.student_temp)
+            figures |= {"view_loss": loss.detach(), "region_loss": by_region.detach()}
+            loss = (loss + by_region) / 2
+        return {"loss": loss, **figures}
 
     def gradients_done(self, progress: Progress) -> None:
         if progress.epoch < self.config.freeze_prototypes_epochs:
-            self.student.head.prototypes.weight.grad = None
+            for head in self.student.heads():
+                head.prototypes.weight.grad = None
 
     def after_step(self, progress: Progress) -> None:
         move_teacher(self.teacher, self.student, cosine(*self.config.teacher_momentum, progress.share))
-        total = torch.cat([self.logit_sum, self.logit_sum.new_tensor([self.num_logits])])
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        self.centre.lerp_(total[:-1] / total[-1], 1 - self.config.centre_momentum)
+        for centre in self.centres():
+            centre.move(self.config.centre_momentum)
 
     def backbones(self) -> dict[str, Encoder]:
         return {"teacher": self.teacher.encoder, "student": self.student.encoder}
 
 
+@dataclass(frozen=True)
+class Said:
+    """What student or teacher say of views."""
+
+    logits: Tensor  # (V * B, K), view by view
+    patches: list[Tensor]  # of each view (B, N, D); none without a region loss
+    region_logits: list[Tensor]  # of each view (B, N, K); none without a region loss
+
+
 class Distiller(nn.Module):
-    """An encoder and a head: student or teacher."""
+    """An encoder and a head, and one for regions if they are learnt from: student or teacher."""
 
     def __init__(self, encoder: Encoder, config: DinoConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = PrototypeHead(
-            encoder.width, hidden=config.head_hidden, bottleneck=config.head_bottleneck, prototypes=config.prototypes
-        )
+        sizes = {"hidden": config.head_hidden, "bottleneck": config.head_bottleneck, "prototypes": config.prototypes}
+        self.head = PrototypeHead(encoder.width, **sizes)
+        self.region_head = PrototypeHead(encoder.width, **sizes) if config.region_loss else None
 
-    def forward(self, views: list[Tensor]) -> Tensor:
-        """Logits (len(views) * B, K), view by view. Neighbouring views of one size go through the encoder together."""
-        summaries, start = [], 0
+    def heads(self) -> list[PrototypeHead]:
+        return [self.head] if self.region_head is None else [self.head, self.region_head]
+
+    def forward(self, views: list[Tensor]) -> Said:
+        """Neighbouring views of one size go through the encoder together."""
+        summaries, patches, start = [], [], 0
         for stop in range(1, len(views) + 1):
             if stop == len(views) or views[stop].shape != views[start].shape:
-                summaries.append(self.encoder(torch.cat(views[start:stop])).summary)
+                tokens = self.encoder(torch.cat(views[start:stop]))
+                summaries.append(tokens.summary)
+                if self.region_head is not None:
+                    patches += tokens.patches.chunk(stop - start)
                 start = stop
-        return self.head(torch.cat(summaries))
+        regions = [self.region_head(view) for view in patches] if self.region_head is not None else []
+        return Said(self.head(torch.cat(summaries)), patches, regions)
+
+
+def probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
+    """The teacher's, centred and sharpened; the centre hears of the logits."""
+    logits = logits.float()
+    centre.add(logits)
+    return ((logits - centre.value) / temp).softmax(-1)
 
 
 def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) -> Tensor:
@@ -177,3 +204,45 @@ def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) 
         ce_GV = -torch.einsum("gbk,vbk->gv", teacher_GBK.float(), log_p_VBK) / num_images
         same_view_GV = torch.eye(num_global, num_views, dtype=torch.bool, device=ce_GV.device)
         return ce_GV.masked_fill(same_view_GV, 0.0).sum() / (num_global * num_views - num_global)
+
+
+def region_loss(student: Said, teacher: Said, *, student_temp: float) -> Tensor:
+    """Mean cross-entropy, in nats, of each region of a student's view under the teacher's region that is most like it.
+
+    Li et al. 2021, "EsViT", https://arxiv.org/abs/2106.09785, equations 3 and 4. Regions are the encoder's patches;
+    alike are those with the largest cosine, of the student's view and of the teacher's.
+
+    student   region_logits raw, of V views; the first G are those that the teacher saw
+    teacher   region_logits are probabilities here, of G views; no gradient
+
+    Returns a float32 scalar. Raises ValueError for a single view. Slowly:
+
+        total, pairs = 0, 0
+        for g in range(G):
+            for v in range(V):
+                if v != g:
+                    for each image b and each patch i of view v:
+                        j = the patch of view g with the largest cosine to it
+                        total += -sum over K of teacher[g][b, j] * log_softmax(student[v][b, i] / student_temp)
+                                  / (patches of v * images)
+                    pairs += 1
+        return total / pairs
+    """
+    num_global, num_views = len(teacher.region_logits), len(student.region_logits)
+    if num_views < 2:
+        raise ValueError(f"DINO compares different views of an image; got {num_views}")
+    losses = []
+    with torch.autocast(student.logits.device.type, enabled=False):
+        for v in range(num_views):
+            logits_BNK = student.region_logits[v].float() / student_temp
+            log_sum_BN = logits_BNK.logsumexp(-1)
+            for g in set(range(num_global)) - {v}:
+                with torch.no_grad():
+                    alike_BNM = F.normalize(student.patches[v].float(), dim=-1) @ F.normalize(
+                        teacher.patches[g].float(), dim=-1
+                    ).transpose(1, 2)
+                    nearest_BN = alike_BNM.argmax(-1)
+                # A row of probabilities sums to 1: the products with all regions are smaller than the rows themselves.
+                products_BNM = logits_BNK @ teacher.region_logits[g].transpose(1, 2)
+                losses.append((log_sum_BN - products_BNM.gather(2, nearest_BN[..., None])[..., 0]).mean())
+    return torch.stack(losses).mean()

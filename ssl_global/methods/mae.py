@@ -10,21 +10,32 @@ Letters, in this file only:
 The encoder sees the visible patches only. The decoder gets them back in their places, with a learned token in each
 hidden place, and foretells the pixels of the hidden patches, each normalised by its own mean and deviation.
 
-Not as in the paper's code: the hidden patches are drawn from the sample's own seed, not from the process's generator;
-any H x W that the patch divides and any number of channels work.
+Three maskings, for a ViT and for a pyramid (what a pyramid's windows then are: encoders/windows.py):
+
+    random    any patches are dropped; on a pyramid cells of its last stage, as Hiera does (Ryali et al. 2023,
+              https://arxiv.org/abs/2306.00989)
+    uniform   all but one patch of every 2 x 2 are dropped, and a learned token replaces a share of what is left
+              (Li et al. 2022, "Uniform Masking", https://arxiv.org/abs/2205.10063); the loss counts these too (ours),
+              and the token stands where the embedding's norm has been (theirs goes through it)
+    dense     nothing is dropped, a learned token replaces patches, one linear layer foretells the pixels as they are
+              (Xie et al. 2021, "SimMIM", https://arxiv.org/abs/2111.09886): for comparison, and for any encoder
+
+Not as in the papers' code: what is hidden is drawn from the sample's own seed, not from the process's generator; any
+H x W that the patch divides and any number of channels work.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_global.encoders.encoder import Encoder, Tokens, visible_index
+from ssl_global.encoders.encoder import Encoder, Tokens
 from ssl_global.encoders.positions import sincos_positions
 from ssl_global.errors import wrong
-from ssl_global.methods.masking import num_hidden, random_hidden
+from ssl_global.methods.masking import num_hidden, random_hidden, some_of, uniform_hidden
 from ssl_global.methods.method import Batch, Method
 from ssl_global.recipe import MethodConfig, Recipe
 from ssl_global.schedules import Progress
@@ -32,8 +43,10 @@ from ssl_global.schedules import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class MaeConfig(MethodConfig):
+    masking: Literal["random", "uniform", "dense"] = "random"  # uniform: all but one of 2 x 2; dense: nothing dropped
     mask_ratio: float = 0.75  # share of the patches that the encoder does not see
-    decoder_width: int = 512  # of a token
+    secondary_ratio: float = 0.0  # share of the visible patches that a learned token replaces, under uniform masking
+    decoder_width: int = 512  # of a token; dense masking has a single linear layer instead of a decoder
     decoder_depth: int = 8  # blocks
     decoder_heads: int = 16  # of attention, in each block
 
@@ -42,6 +55,12 @@ class MaeConfig(MethodConfig):
             raise wrong(
                 "method.mask_ratio", self.mask_ratio, "a share of the patches, above 0 and below 1; the paper's is 0.75"
             )
+        if self.masking == "uniform" and self.mask_ratio != 0.75:
+            raise wrong("method.mask_ratio", self.mask_ratio, "0.75: uniform masking leaves one of four")
+        if self.secondary_ratio and self.masking != "uniform":
+            raise wrong("method.secondary_ratio", self.secondary_ratio, "0, or method.masking = uniform")
+        if not 0 <= self.secondary_ratio < 1:
+            raise wrong("method.secondary_ratio", self.secondary_ratio, "a share of what is visible, below 1")
         if self.decoder_depth < 1:
             raise wrong("method.decoder_depth", self.decoder_depth, "at least 1 block")
         if self.decoder_width < 4 or self.decoder_width % 4:
@@ -53,39 +72,101 @@ class MaeConfig(MethodConfig):
         if recipe.views.globals.count != 1 or recipe.views.locals.count:
             counts = f"{recipe.views.globals.count} global and {recipe.views.locals.count} local"
             raise wrong("views", counts, "MAE looks at 1 global view of each image and no local one")
+        self.check_encoder(recipe)
+
+    def check_encoder(self, recipe: Recipe) -> None:
+        side, pixels = recipe.encoder.hides(self.masking), recipe.views.globals.pixels
+        if side is None:
+            raise wrong("method.masking", self.masking, "this encoder cannot; random and dense it can")
+        if pixels % side:
+            right = " or ".join(str(n) for n in (pixels // side * side, pixels // side * side + side) if n)
+            raise wrong(
+                "views.globals.pixels", pixels, f"not a multiple of the hidden patches' {side}; {right} would be"
+            )
+        num_patches = (pixels // side) ** 2
+        if num_patches == 1:
+            raise wrong("views.globals.pixels", pixels, f"a single patch of {side} pixels: at least {2 * side}")
+        if self.masking != "uniform" and (hidden := num_hidden(num_patches, self.mask_ratio)) in (0, num_patches):
+            which = "all" if hidden else "none"
+            raise wrong("method.mask_ratio", self.mask_ratio, f"{which} of {num_patches} patches would be hidden")
+        if self.masking == "dense" and recipe.encoder.summary_stands_apart():
+            raise wrong(
+                "encoder.pool", "token", "use avg: dense masking rebuilds from patches, which see no tokens last"
+            )
 
     def build(self, recipe: Recipe) -> "Mae":
-        return Mae(self, recipe.encoder.build(recipe))
+        side = recipe.encoder.hides(self.masking)
+        assert side is not None
+        return Mae(self, recipe.encoder.build(recipe), patch=side)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the encoder does not see of a batch."""
+
+    hidden: Tensor | None  # bool (B, rows, cols): dropped
+    num_hidden: int
+    replaced: Tensor | None  # bool (B, rows, cols): a learned token stands there
+    unseen: Tensor  # bool (B, rows, cols): either
 
 
 class Mae(Method):
-    def __init__(self, config: MaeConfig, encoder: Encoder) -> None:
+    def __init__(self, config: MaeConfig, encoder: Encoder, *, patch: int) -> None:
         super().__init__()
         self.config = config
+        self.patch = patch  # side of what is hidden as one, in pixels
         self.encoder = encoder
-        self.decoder = Decoder(config, encoder)
+        self.token: nn.Parameter | None = None
+        if config.masking == "dense" or config.secondary_ratio:
+            self.token = nn.Parameter(torch.empty(encoder.first_width))
+            nn.init.normal_(self.token, std=0.02)
+        if config.masking == "dense":
+            self.decoder: nn.Module = LinearDecoder(encoder, patch)
+        else:
+            self.decoder = Decoder(config, encoder, patch)
         self.encoder.apply(init_weights)
         self.decoder.apply(init_weights)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         images = batch["views"][0]
-        grid = (images.shape[2] // self.encoder.patch, images.shape[3] // self.encoder.patch)
-        hidden = random_hidden(batch["seed"], grid, self.config.mask_ratio)
-        count = num_hidden(grid[0] * grid[1], self.config.mask_ratio)
-        rebuilt_BNP = self.decoder(self.encoder(images, hidden, num_hidden=count), hidden, count)
-        return {"loss": mae_loss(rebuilt_BNP, patchify(images, self.encoder.patch), hidden.flatten(1))}
+        grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
+        mask = draw(self.config, batch["seed"], grid)
+        tokens = self.encoder(images, mask.hidden, num_hidden=mask.num_hidden, replaced=mask.replaced, token=self.token)
+        loss = l1_loss if self.config.masking == "dense" else mae_loss
+        return {"loss": loss(self.decoder(tokens), patchify(images, self.patch), mask.unseen.flatten(1))}
 
     def backbones(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}
 
 
-class Decoder(nn.Module):
-    """Visible tokens to the pixels of all patches: (B, N, P)."""
+def draw(config: MaeConfig, seeds_B: Tensor, grid: tuple[int, int]) -> Mask:
+    num_patches = grid[0] * grid[1]
+    if config.masking == "uniform":
+        hidden = uniform_hidden(seeds_B, grid)
+        num_visible = -(-grid[0] // 2) * -(-grid[1] // 2)
+        if not config.secondary_ratio:
+            return Mask(hidden, num_patches - num_visible, None, hidden)
+        replaced = some_of(~hidden.flatten(1), seeds_B, int(num_visible * config.secondary_ratio)).view(hidden.shape)
+        return Mask(hidden, num_patches - num_visible, replaced, hidden | replaced)
+    unseen = random_hidden(seeds_B, grid, config.mask_ratio)
+    if config.masking == "dense":
+        return Mask(None, 0, unseen, unseen)
+    return Mask(unseen, num_hidden(num_patches, config.mask_ratio), None, unseen)
 
-    def __init__(self, config: MaeConfig, encoder: Encoder) -> None:
+
+class Decoder(nn.Module):
+    """Visible tokens to the pixels of all patches: (B, N, P).
+
+    A token of a pyramid's last stage stands for K patches, a ViT's for one: it is made into K tokens of the decoder,
+    which then go where those patches lie. An encoder's global tokens take part in the attention.
+    """
+
+    def __init__(self, config: MaeConfig, encoder: Encoder, patch: int) -> None:
         super().__init__()
         width = config.decoder_width
-        self.embed = nn.Linear(encoder.width, width)
+        self.patches_each = (encoder.patch // patch) ** 2  # K
+        self.embed = nn.Linear(encoder.width, self.patches_each * width)
+        self.embed_globals = nn.Linear(encoder.width, width) if encoder.num_globals else None
         self.hidden_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.Sequential(
             *[
@@ -94,17 +175,33 @@ class Decoder(nn.Module):
             ]
         )
         self.norm = nn.LayerNorm(width)
-        self.predict = nn.Linear(width, encoder.patch**2 * encoder.channels)
+        self.predict = nn.Linear(width, patch**2 * encoder.channels)
         nn.init.normal_(self.hidden_token, std=0.02)
 
-    def forward(self, tokens: Tokens, hidden: Tensor, count: int) -> Tensor:
-        visible_BNW = self.embed(tokens.patches)
+    def forward(self, tokens: Tokens) -> Tensor:
+        assert tokens.places is not None
         rows, cols = tokens.grid
-        index = visible_index(hidden, count)[:, :, None].expand(-1, -1, visible_BNW.shape[2])
-        places_BNW = self.hidden_token.to(visible_BNW.dtype).expand(len(visible_BNW), rows * cols, -1)
-        x = places_BNW.scatter(1, index, visible_BNW)
+        visible_BNW = rearrange(self.embed(tokens.patches), "b n (k w) -> b (n k) w", k=self.patches_each)
+        index = tokens.places.flatten(1)[:, :, None].expand(-1, -1, visible_BNW.shape[2])
+        # One place more, for what lies beyond the edge.
+        places_BNW = self.hidden_token.to(visible_BNW.dtype).expand(len(visible_BNW), rows * cols + 1, -1)
+        x = places_BNW.scatter(1, index, visible_BNW)[:, :-1]
         x = x + sincos_positions(tokens.grid, x.shape[2]).to(x)
-        return self.predict(self.norm(self.blocks(x)))
+        if self.embed_globals is None:
+            return self.predict(self.norm(self.blocks(x)))
+        x = self.blocks(torch.cat([self.embed_globals(tokens.globals), x], dim=1))
+        return self.predict(self.norm(x[:, -rows * cols :]))
+
+
+class LinearDecoder(nn.Module):
+    """One layer from each token of the whole image to its pixels (Xie et al. 2021, section 3.3): (B, N, P)."""
+
+    def __init__(self, encoder: Encoder, patch: int) -> None:
+        super().__init__()
+        self.predict = nn.Linear(encoder.width, patch**2 * encoder.channels)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        return self.predict(tokens.patches)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -133,6 +230,21 @@ def mae_loss(rebuilt_BNP: Tensor, patches_BNP: Tensor, hidden_BN: Tensor) -> Ten
         var = patches_BNP.var(dim=-1, keepdim=True)
         want_BNP = (patches_BNP - mean) / (var + 1e-6).sqrt()
         error_BN = (rebuilt_BNP.float() - want_BNP).square().mean(dim=-1)
+        return (error_BN * hidden_BN).sum() / hidden_BN.sum()
+
+
+def l1_loss(rebuilt_BNP: Tensor, patches_BNP: Tensor, hidden_BN: Tensor) -> Tensor:
+    """Mean absolute error of the hidden patches' pixels, as they are (Xie et al. 2021, section 3.4).
+
+    As `mae_loss`, but for its target. Slowly:
+
+        total = 0
+        for each image b and each hidden patch n of it:
+            total += mean over P of |rebuilt[b, n] - patch|
+        return total / number of hidden patches
+    """
+    with torch.autocast(rebuilt_BNP.device.type, enabled=False):
+        error_BN = (rebuilt_BNP.float() - patches_BNP.float()).abs().mean(dim=-1)
         return (error_BN * hidden_BN).sum() / hidden_BN.sum()
 
 

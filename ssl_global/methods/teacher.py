@@ -1,7 +1,8 @@
-"""The teacher is the student's moving average. It is never differentiated."""
+"""The teacher is the student's moving average, never differentiated; the centre is that of the teacher's mean logit."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def follow(teacher: nn.Module, student: nn.Module) -> None:
@@ -14,3 +15,31 @@ def follow(teacher: nn.Module, student: nn.Module) -> None:
 def move_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student, all parameters in one call, in place."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+class Centre(nn.Module):
+    """The moving average of the teacher's mean logit, over all processes and all parts of a step's batch."""
+
+    def __init__(self, prototypes: int) -> None:
+        super().__init__()
+        self.value: Tensor
+        self.logit_sum: Tensor
+        self.register_buffer("value", torch.zeros(prototypes))
+        # Of the step under way: the sum of the teacher's logits, over views and parts of the batch, and their number.
+        self.register_buffer("logit_sum", torch.zeros(prototypes), persistent=False)
+        self.num_logits = 0
+
+    def begin_step(self) -> None:
+        self.logit_sum.zero_()
+        self.num_logits = 0
+
+    def add(self, logits: Tensor) -> None:
+        """(..., prototypes), float32."""
+        self.logit_sum += logits.flatten(0, -2).sum(0)
+        self.num_logits += logits.flatten(0, -2).shape[0]
+
+    def move(self, momentum: float) -> None:
+        total = torch.cat([self.logit_sum, self.logit_sum.new_tensor([self.num_logits])])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        self.value.lerp_(total[:-1] / total[-1], 1 - momentum)

@@ -13,6 +13,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,6 +25,7 @@ from ssl_global.errors import UserError
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 
+BLOCKS = (Block, SwinTransformerBlock)  # what is compiled, and sharded, by itself
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,15 +54,24 @@ def prepare(
         for encoder in method.backbones().values():
             encoder.recompute_activations()
     if recipe.train.compile:
-        for module in method.modules():
-            if isinstance(module, Block):
-                module.compile()
+        compile_blocks(method)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(method)  # torch has none for CPUs
     if accelerator.is_fsdp2:
         shard_by_block(accelerator.state.fsdp_plugin, method, recipe.train.precision)
     model, prepared = accelerator.prepare(method, optimizer)
     return model, prepared
+
+
+def compile_blocks(method: nn.Module, *, backend: str = "inductor") -> None:
+    """Each block by itself. They share their code, and torch gives up on code that it has compiled eight times: room is
+    made for each block's sizes of views, with and without gradient."""
+    blocks = [module for module in method.modules() if isinstance(module, BLOCKS)]
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 64 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend)
 
 
 def state_bytes(method: Method) -> int:
@@ -85,7 +96,7 @@ def shard_by_block(plugin: FullyShardedDataParallelPlugin, method: Method, preci
     """A unit for each transformer block, one for the rest. Gathered in the step's precision, reduced in float32."""
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted(
-        {type(module).__name__ for module in method.modules() if isinstance(module, Block)}
+        {type(module).__name__ for module in method.modules() if isinstance(module, BLOCKS)}
     )
     # Inputs are not cast: MAE's targets are the pixels themselves.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(

@@ -5,16 +5,19 @@ import pytest
 import timm
 import torch
 
+from ssl_global.encoders.encoder import Encoder
+from ssl_global.encoders.global_swin import GlobalSwinConfig
 from ssl_global.encoders.vit import Vit, VitConfig
 from ssl_global.errors import UserError
 from ssl_global.export import compare, export
 from ssl_global.methods.mae import MaeConfig
-from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Optim, Recipe, Train, Views
+from ssl_global.recipe import Checkpoint, Crops, Data, EncoderConfig, Eval, Optim, Recipe, Train, Views
 
 TINY = {"width": 48, "depth": 3, "heads": 3}
+SWIN = {"depths": (1, 1, 3), "heads": (1, 2, 4)}
 
 
-def recipe(encoder: VitConfig, *, channels: int = 3) -> Recipe:
+def recipe(encoder: EncoderConfig, *, channels: int = 3) -> Recipe:
     return Recipe(
         data=Data(channels=channels, mean=(0.4,) * channels, std=(0.3,) * channels),
         views=Views(globals=Crops(count=1, pixels=32)),
@@ -27,9 +30,9 @@ def recipe(encoder: VitConfig, *, channels: int = 3) -> Recipe:
     )
 
 
-def trained_a_little(config: VitConfig, *, channels: int = 3) -> Vit:
+def trained_a_little(config: EncoderConfig, *, channels: int = 3) -> Encoder:
     """Every tensor moved from where initialisation puts it, so that a tensor left out of an export shows."""
-    encoder = Vit(config, pixels=32, channels=channels).eval()
+    encoder = config.build(recipe(config, channels=channels)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -41,6 +44,8 @@ CASES = {
     "colour": (VitConfig(patch=8, **TINY), 3),
     "grey_with_registers_pooled": (VitConfig(patch=4, registers=2, pool="avg", **TINY), 1),
     "fixed_positions": (VitConfig(patch=16, positions="sincos", **TINY), 3),
+    "swin": (GlobalSwinConfig(width=16, **SWIN), 3),
+    "swin_pooled": (GlobalSwinConfig(width=12, pool="avg", window=4, patch=2, mix_after="pair", **SWIN), 5),
 }
 
 
@@ -94,7 +99,8 @@ def test_features_only_gives_maps_with_the_trained_weights(exported):
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
     with torch.no_grad():
         maps = model(images)
-        expected = encoder.model.forward_intermediates(images, indices=3, intermediates_only=True)
+        form = str(model.output_fmt.value)
+        expected = encoder.model.forward_intermediates(images, indices=3, intermediates_only=True, output_fmt=form)
     assert len(maps) == 3
     for found, own in zip(maps, expected, strict=True):
         assert torch.equal(found, own)
@@ -104,7 +110,7 @@ def test_it_can_be_fine_tuned_with_a_new_head_and_at_another_size(exported):
     encoder, folder, _, _ = exported
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
     assert model(torch.zeros(1, encoder.channels, 48, 64)).shape == (1, 7)
-    name = "blocks.0.attn.qkv.weight"
+    name = next(name for name in encoder.model.state_dict() if name.endswith("attn.qkv.weight"))
     assert torch.equal(model.state_dict()[name], encoder.model.state_dict()[name])
 
 
@@ -116,6 +122,7 @@ def test_the_card_says_what_it_is(exported):
     for words in ("my-run", said, "| knn | 0.625 |", "| optim.warmup_epochs | 0 |"):
         assert words in card
     assert "repeated" not in card
+    assert ("import ssl_global" in card) == encoder.architecture.startswith("global_")
 
 
 def test_nothing_but_the_export_is_left(exported):

@@ -2,24 +2,31 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
-from ssl_global.methods.dino import dino_loss
+from ssl_global.methods.dino import Said, dino_loss, region_loss
 from ssl_global.schedules import Progress
 
 START = Progress(step=0, num_steps=100, steps_per_epoch=10)
 LATER = Progress(step=50, num_steps=100, steps_per_epoch=10)
 
 
-def build():
-    recipe = load_recipe("dino", "demo", drop_path=0.0)
+def build(name="dino", **method):
+    recipe = load_recipe(name, "demo", drop_path=0.0)
+    recipe = replace(recipe, method=replace(recipe.method, **method))
+    recipe.check()
     torch.manual_seed(0)
     return recipe.method.build(recipe)
+
+
+WAYS = {"vit": {}, "vit_regions": {"region_loss": True}, "swin": {"name": "dino_swin"},
+        "swin_regions": {"name": "dino_swin", "region_loss": True}}  # fmt: skip
 
 
 def batch(num_images=4, seed=0):
@@ -70,20 +77,21 @@ def test_loss_is_float32_under_autocast():
 def test_forward_is_the_paper_in_float64():
     """Teacher softmax((t - c) / tau_t) on global views, student on all of them, against the two spelled out."""
     dino, views = build(), batch()
-    dino.centre.normal_(std=0.1)
+    dino.centre.value.normal_(std=0.1)
     dino.begin_step(LATER)
     output = dino(views, LATER)
     teacher = torch.stack([dino.teacher.head(dino.teacher.encoder(v).summary) for v in views["views"][:2]]).double()
     student = torch.stack([dino.student.head(dino.student.encoder(v).summary) for v in views["views"]]).double()
-    targets = ((teacher - dino.centre.double()) / 0.04).softmax(-1)
+    targets = ((teacher - dino.centre.value.double()) / 0.04).softmax(-1)
     assert output["loss"].item() == pytest.approx(slow_loss(student, targets, 0.1).item(), rel=1e-4)
     entropy = -(targets * targets.log()).sum(-1).mean()
     assert output["teacher_entropy_share"].item() == pytest.approx(entropy.item() / math.log(1024), rel=1e-4)
     assert output["teacher_kl"].item() == pytest.approx(output["loss"].item() - entropy.item(), rel=1e-3)
 
 
-def test_gradients_reach_all_of_the_student_and_none_of_the_teacher():
-    dino = build()
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_reach_all_of_the_student_and_none_of_the_teacher(way):
+    dino = build(**WAYS[way])
     dino.begin_step(LATER)
     dino(batch(), LATER)["loss"].backward()
     assert [n for n, p in dino.student.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -93,11 +101,12 @@ def test_gradients_reach_all_of_the_student_and_none_of_the_teacher():
 def test_prototypes_are_frozen_in_the_first_epoch_only():
     end_of_epoch = Progress(step=9, num_steps=100, steps_per_epoch=10)
     for progress, frozen in ((START, True), (end_of_epoch, True), (LATER, False)):
-        dino = build()
+        dino = build(region_loss=True)
         dino.begin_step(progress)
         dino(batch(), progress)["loss"].backward()
         dino.gradients_done(progress)
-        assert (dino.student.head.prototypes.weight.grad is None) == frozen
+        for head in (dino.student.head, dino.student.region_head):
+            assert (head.prototypes.weight.grad is None) == frozen
 
 
 def test_teacher_and_centre_move_as_the_paper_says():
@@ -107,7 +116,7 @@ def test_teacher_and_centre_move_as_the_paper_says():
             parameter.add_(0.1)
     before = copy.deepcopy(dino.teacher.state_dict())
     with torch.no_grad():
-        logits = dino.teacher(views["views"][:2])
+        logits = dino.teacher(views["views"][:2]).logits
     dino.begin_step(LATER)
     dino(views, LATER)
     dino.after_step(LATER)
@@ -115,12 +124,13 @@ def test_teacher_and_centre_move_as_the_paper_says():
     student = dino.student.state_dict()
     for name, tensor in dino.teacher.state_dict().items():
         torch.testing.assert_close(tensor, momentum * before[name] + (1 - momentum) * student[name])
-    torch.testing.assert_close(dino.centre, 0.1 * logits.mean(0))
+    torch.testing.assert_close(dino.centre.value, 0.1 * logits.mean(0))
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_a_batch_add_up_to_the_whole(way):
     """Loss, gradient and centre: four images at once, or two and two."""
-    whole, parted, views = build(), build(), batch(4)
+    whole, parted, views = build(**WAYS[way]), build(**WAYS[way]), batch(4)
     whole.begin_step(LATER)
     loss = whole(views, LATER)["loss"]
     loss.backward()
@@ -132,9 +142,73 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         losses[-1].backward()
     parted.after_step(LATER)
     assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(parted.centre, whole.centre)
+    for mine, theirs in zip(parted.centres(), whole.centres(), strict=True):
+        torch.testing.assert_close(mine.value, theirs.value)
     for mine, theirs in zip(whole.student.parameters(), parted.student.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def slow_region_loss(student, teacher, temp):
+    """Of `Said`: a loop over views, images and patches, in float64."""
+    total, pairs = 0.0, 0
+    for g in range(len(teacher.region_logits)):
+        for v in range(len(student.region_logits)):
+            if v == g:
+                continue
+            num_images, num_patches, _ = student.region_logits[v].shape
+            for b in range(num_images):
+                for i in range(num_patches):
+                    cosines = torch.cosine_similarity(
+                        student.patches[v][b, i].double()[None], teacher.patches[g][b].double(), dim=-1
+                    )
+                    target = teacher.region_logits[g][b, cosines.argmax()].double()
+                    log_p = torch.log_softmax(student.region_logits[v][b, i].double() / temp, -1)
+                    total += -(target * log_p).sum() / (num_patches * num_images)
+            pairs += 1
+    return total / pairs
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), num_global=st.integers(1, 2), k=st.integers(2, 20))
+def test_the_region_loss_is_the_slow_loop(sizes, num_global, k):
+    """Views of any numbers of patches."""
+    generator = torch.Generator().manual_seed(k)
+
+    def said(views, logits):
+        of = [torch.randn(2, n, 6, generator=generator) for n in views]
+        return Said(torch.zeros(1), of, [logits(torch.randn(2, n, k, generator=generator)) for n in views])
+
+    student = said(sizes, lambda x: x.requires_grad_())
+    teacher = said(sizes[:num_global], lambda x: (5 * x).softmax(-1))
+    if len(sizes) < 2:
+        with pytest.raises(ValueError, match="different views"):
+            region_loss(student, teacher, student_temp=0.1)
+        return
+    fast, slow = region_loss(student, teacher, student_temp=0.1), slow_region_loss(student, teacher, 0.1)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-4, abs=1e-5)
+    gradients = [torch.autograd.grad(loss, student.region_logits, allow_unused=True) for loss in (fast, slow)]
+    for mine, expected in zip(*gradients, strict=True):
+        assert (mine is None) == (expected is None)  # one global view alone is compared with no other
+        if mine is not None:
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dino", "dino_swin"])
+def test_with_regions_the_loss_is_half_of_each_and_both_centres_move(name):
+    dino, views = build(name, region_loss=True), batch()
+    dino.region_centre.value.normal_(std=0.1)
+    before = dino.region_centre.value.clone()
+    dino.begin_step(LATER)
+    output = dino(views, LATER)
+    assert output["loss"].item() == pytest.approx((output["view_loss"] + output["region_loss"]).item() / 2, rel=1e-6)
+    with torch.no_grad():
+        student, teacher = dino.student(views["views"]), dino.teacher(views["views"][:2])
+    raw = torch.cat([logits.flatten(0, 1) for logits in teacher.region_logits])
+    targets = [((logits - before) / 0.04).softmax(-1) for logits in teacher.region_logits]
+    expected = slow_region_loss(student, replace(teacher, region_logits=targets), 0.1)
+    assert output["region_loss"].item() == pytest.approx(expected.item(), rel=1e-3)
+    dino.after_step(LATER)
+    torch.testing.assert_close(dino.region_centre.value, 0.9 * before + 0.1 * raw.mean(0))
 
 
 def test_a_skipped_step_leaves_nothing_behind():
@@ -148,7 +222,7 @@ def test_a_skipped_step_leaves_nothing_behind():
     other.begin_step(LATER)
     other(batch(seed=2), LATER)
     other.after_step(LATER)
-    assert torch.equal(dino.centre, other.centre)
+    assert torch.equal(dino.centre.value, other.centre.value)
 
 
 def test_logits_are_cosines():

@@ -57,7 +57,7 @@ def build(kind: str, way: str, seed: int) -> tuple[Method, torch.optim.Optimizer
     torch.manual_seed(seed)
     method = recipe.method.build(recipe)
     for name, tensor in method.named_buffers():
-        tensor.add_(torch.randn_like(tensor)) if name == "centre" else None
+        tensor.add_(torch.randn_like(tensor)) if name == "centre.value" else None
     gradients = {name: torch.randn_like(parameter) for name, parameter in method.named_parameters()}
     if way == "sharded":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))

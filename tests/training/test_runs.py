@@ -8,14 +8,14 @@ import signal
 import pytest
 import timm
 import torch
-from tiny_runs import assert_bit_equal, losses, metrics, tensors
+from tiny_runs import TINY, assert_bit_equal, losses, metrics, tensors
 
 from ssl_global.data.pack import pack
 from ssl_global.data.source import open_source
 from ssl_global.methods.dino import Dino
 from ssl_global.training import loop
 
-METHODS = ("dino", "mae")
+METHODS = tuple(TINY)
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGTERM):
