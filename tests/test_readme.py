@@ -102,7 +102,13 @@ def test_the_walk_finds_the_commands():
     assert FIRST == "accelerate launch pretrain.py --recipe dino"
     assert len(SEVERAL) == 3
     others = set(PIECES) - set(JOBS) - set(TOOLS)
-    assert others == {"pip install -e .", "pip install -e '.[test]'", "pytest", "python -m benchmarks data"}
+    assert others == {
+        "pip install -e .",
+        "pip install -e '.[test]'",
+        "pytest",
+        "python -m benchmarks data",
+        "python -m benchmarks swin",
+    }
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -163,7 +169,7 @@ def test_every_ssl_global_command_runs(desk, said_by_the_first, capsys):
 
 def test_python_blocks_run(said_by_the_first):
     blocks = [body for kind, body in FENCES if kind == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)
