@@ -15,8 +15,8 @@ with windows of 2 x 2 tokens, for images of two sizes:
 
 "See both" is measured: the share of the last map's patches that change with either mark. All numbers here are ours.
 Rate and initialisation are the first with which any of them learnt, at 64 pixels: timm's own initialisation (deviation
-0.02) had learnt nothing after 500 steps at a rate of 0.002, so it is that of MAE's recipes. These were looked for with the
-models that have tokens; the plain one was tried at 3e-4 and 3e-3 too, with seed 0 and 2000 steps: 50.4 and 51.7 %.
+0.02) had learnt nothing after 500 steps at a rate of 0.002, so it is that of MAE's recipes. These were looked for with
+the models that have tokens; the plain one was tried at 3e-4 and 3e-3 too, with seed 0 and 2000 steps: 50.4 and 51.7 %.
 """
 
 import json
