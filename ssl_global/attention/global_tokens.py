@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_global.attention.base import Attention, Start
+
 
 class GlobalTokens(nn.Module):
     """Read: tokens attend to patches. Write: patches attend to the tokens, which by then know the image.
@@ -76,3 +78,26 @@ class GlobalTokens(nn.Module):
         """(B, M, K), (B, N, K), (B, N, K) -> (B, M, K), by heads."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class GlobalTokenAttention(Attention):
+    """The same for a map of any backbone: tokens of its own read all places, and all places read the tokens.
+
+    tokens       G
+    bottleneck   all channels divided by this are K, at least one
+    """
+
+    def __init__(self, channels: int, *, tokens: int = 8, bottleneck: int = 4, start: Start = "identity") -> None:
+        super().__init__(channels, start)
+        for option, value in (("tokens", tokens), ("bottleneck", bottleneck)):
+            if value < 1:
+                raise ValueError(f"global_tokens: {option} = {value}: at least 1")
+        self.tokens = nn.Parameter(torch.empty(1, tokens, channels))
+        nn.init.trunc_normal_(self.tokens, std=0.02)
+        narrow = max(1, channels // bottleneck)
+        self.mixer = GlobalTokens(channels, bottleneck=narrow, heads=1, gate=float(start == "paper"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches, _ = self.mixer(x.flatten(2).transpose(1, 2), self.tokens.to(x.dtype).repeat(x.shape[0], 1, 1))
+        written: Tensor = patches.transpose(1, 2).unflatten(2, x.shape[2:])
+        return written
