@@ -1,8 +1,9 @@
 """EMAX, corrected: efficient multi-scale attention whose number of groups depends on the image.
 
 The source draws one number of groups for a whole batch, at random also in evaluation, by a step that has no gradient,
-and runs for one number only. There is no paper. Here each image has its own mixture, sum over g of p_g(x) EMA_g(x), with
-p a softmax over candidates from the image's averages: it is learnt, no image sees another, and evaluation repeats itself.
+and runs for one number only. There is no paper. Here each image has its own mixture, sum over g of p_g(x) EMA_g(x),
+with p a softmax over candidates from the image's averages: it is learnt, no image sees another, and evaluation repeats
+itself.
 
 Evidence: none that it does better than ema_msa alone; experimental.
 """

@@ -372,3 +372,30 @@ def test_dyt_is_the_formula_and_takes_the_place_of_every_layer_norm():
     assert replace_layer_norms(model) == 25
     assert not [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert model(torch.randn(1, 3, 224, 224)).isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_deformable_without_offsets_attends_to_the_shrunken_map(groups):
+    module = build("deformable", stride=2, groups=groups, heads=2)
+    torch.nn.init.zeros_(module.offset.weight)
+    normal = as_map(module.norm(flat(x)), x)
+    shrunken = F.interpolate(normal, size=(3, 3), mode="bilinear", align_corners=False)
+    key, value = (flat(part) for part in module.key_value(shrunken).chunk(2, dim=1))
+    query = flat(module.query(normal))
+    heads = [part.unflatten(-1, (2, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    mixed = heads_together(reference_attention(*heads, torch.ones(30, 9, dtype=torch.bool), 0.5), 2)
+    torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * module.out(as_map(mixed, x)))
+
+
+def test_deformable_offsets_move_the_samples_by_cells():
+    """Offsets of one cell down and none aside: what is read is the cell below, the last row's own edge."""
+    module = build("deformable", stride=1, reach=2.0)
+    module.look_norm = torch.nn.Identity()
+    with torch.no_grad():
+        for parameter in (module.look.weight, module.look.bias, module.offset.weight):
+            parameter.zero_()
+        module.look.bias[0] = 3.0
+        module.offset.weight[0, 0] = torch.atanh(torch.tensor(0.5).double()) / F.gelu(module.look.bias[0])
+    read = module.sampled(x, x)
+    torch.testing.assert_close(read[:, :, :4], x[:, :, 1:])
+    torch.testing.assert_close(read[:, :, 4], x[:, :, 4])

@@ -27,7 +27,7 @@ def moved(name, **options):
 
 def test_the_walk_finds_the_modules():
     print(f"{len(NAMES)} modules: {', '.join(NAMES)}")
-    assert len(NAMES) >= 23
+    assert len(NAMES) >= 24
     assert "non_local" in NAMES
 
 
@@ -145,6 +145,10 @@ def test_an_unknown_name_offers_the_nearest():
         ("neighbourhood", {"kernel": 4}, "neighbourhood: kernel = 4: an odd number"),
         ("neighbourhood", {"heads": 3}, "neighbourhood: heads = 3: does not divide 8"),
         ("local", {"window": 0}, "local: window = 0"),
+        ("deformable", {"stride": 0}, "deformable: stride = 0"),
+        ("deformable", {"groups": 3}, "deformable: groups = 3: does not divide 8"),
+        ("deformable", {"reach": 0}, "deformable: reach = 0: above 0"),
+        ("deformable", {"heads": 3}, "deformable: heads = 3: does not divide 8"),
         ("emax", {"groups": (3,)}, r"emax: groups = \(3,\): each must divide 8"),
         ("cross_shaped_window", {"stripe": 0}, "cross_shaped_window: stripe = 0"),
         ("cross_shaped_window", {"heads": 3}, "cross_shaped_window: heads = 3: an even number"),
