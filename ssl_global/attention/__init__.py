@@ -15,7 +15,7 @@ from typing import Any
 
 from ssl_global.attention.base import Attention
 
-NO_MODULES = {"__init__", "base", "dyt"}  # dyt is a norm
+NO_MODULES = {"__init__", "base", "windows", "dyt"}  # dyt is a norm
 
 
 def names() -> list[str]:

@@ -13,8 +13,8 @@ start="identity"   timm's own arithmetic, its padding and unfused attention incl
                    weights of timm's Swin the model computes bitwise what that did, until it is trained
 start="scratch"    for pretraining: gates at 1, padding behind a mask, fused attention, windows cut to each map's size
 
-Hidden patches are left out, not masked (windows.py says how). Evidence: tests/encoders/test_global_swin.py, and the
-tables in README.md.
+Hidden patches are left out, not masked (attention/windows.py says how). Evidence: tests/encoders/test_global_swin.py,
+and the tables in README.md.
 """
 
 import difflib
@@ -33,7 +33,6 @@ from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
     SwinTransformerStage,
-    WindowAttention,
     checkpoint_filter_fn,
 )
 from timm.models.swin_transformer import default_cfgs as swin_cfgs
@@ -41,9 +40,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_global.attention.global_tokens import GlobalTokens
+from ssl_global.attention.windows import Compact, Groups, Layout, Units, Whole, Windows, attend
 from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens
 from ssl_global.encoders.hiding import push_together, take_units
-from ssl_global.encoders.windows import Compact, Groups, Units, Whole, Windows
 from ssl_global.errors import wrong
 from ssl_global.recipe import EncoderConfig, Recipe, in_range
 
@@ -52,7 +51,6 @@ __all__ = ["GlobalSwin", "GlobalSwinConfig", "GlobalSwinEncoder"]
 FIRST_PATCH = 4  # of all named models
 HEAD_CHANNELS = 32  # of an attention head, where the bottleneck allows it; as Swin's own
 NO_SUMMARY = "global_pool = token: the last stage has no global tokens"
-Layout = Whole | Compact | Units
 
 
 class GlobalSwin(SwinTransformer):
@@ -243,7 +241,7 @@ class GlobalStage(SwinTransformerStage):
 
     mixers: nn.ModuleDict
     carry: nn.Module
-    cuts_windows: bool  # for each map, as windows.py says; else whole maps are timm's affair
+    cuts_windows: bool  # for each map, as attention/windows.py says; else whole maps are timm's affair
 
     def forward(self, x: Tensor, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:  # type: ignore[override]
         x, layout = layout.merge(self.downsample, x)
@@ -287,37 +285,6 @@ def linear(width_in: int, width_out: int) -> nn.Linear:
 def heads_of(bottleneck: int) -> int:
     """As many heads of 32 channels as there is room for, or the next number that divides the bottleneck."""
     return max(n for n in range(1, max(1, bottleneck // HEAD_CHANNELS) + 1) if bottleneck % n == 0)
-
-
-def attend(attention: WindowAttention, x: Tensor, windows: Windows | Groups) -> Tensor:
-    """Attention within each group, (groups, A, C) -> the same, with biases for the true distances."""
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    bias = biases(attention, windows, num_groups=x.shape[0])
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    if not attention.fused_attn or (x.device.type == "cpu" and torch.is_grad_enabled()):
-        # On CPUs torch's fused kernel has no gradient for a bias; what it does instead takes 1.4 times as long as this.
-        logits = (q * attention.scale) @ k.transpose(-2, -1) + bias
-        x = F.dropout(logits.softmax(-1), dropout) @ v
-    else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout)
-    return attention.proj_drop(attention.proj(x.transpose(1, 2).flatten(2)))
-
-
-def biases(attention: WindowAttention, windows: Windows | Groups, *, num_groups: int) -> Tensor:
-    """What is added to each pair's logit, -inf where it does not belong together: (1 or groups, heads, A, A)."""
-    h, w = attention.window_size
-    # Pairs that do not attend to each other may lie farther apart than the table knows.
-    rows = windows.distance[..., 0].clamp(1 - h, h - 1) + h - 1
-    cols = windows.distance[..., 1].clamp(1 - w, w - 1) + w - 1
-    places = rows * (2 * w - 1) + cols  # (A, A) or (groups, A, A)
-    bias = attention.relative_position_bias_table.t().index_select(1, places.flatten())
-    bias = bias.view(-1, *places.shape).movedim(0, -3)  # (heads, A, A) or (groups, heads, A, A)
-    if windows.allowed is not None:
-        allowed = windows.allowed.unsqueeze(-3)  # (A, A), (windows, A, A) or (groups, A, A), for every head
-        if allowed.ndim == 4 and allowed.shape[0] != num_groups:
-            allowed = allowed.repeat(num_groups // allowed.shape[0], 1, 1, 1)
-        bias = bias.where(allowed, float("-inf"))
-    return bias if bias.ndim == 4 else bias[None]
 
 
 # ------------------------------------------------------------------------------------------------------- timm's names

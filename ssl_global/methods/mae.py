@@ -10,7 +10,7 @@ Letters, in this file only:
 The encoder sees the visible patches only. The decoder gets them back in their places, with a learned token in each
 hidden place, and foretells the pixels of the hidden patches, each normalised by its own mean and deviation.
 
-Three maskings, for a ViT and for a pyramid (what a pyramid's windows then are: encoders/windows.py):
+Three maskings, for a ViT and for a pyramid (what a pyramid's windows then are: attention/windows.py):
 
     random    any patches are dropped; on a pyramid cells of its last stage, as Hiera does (Ryali et al. 2023,
               https://arxiv.org/abs/2306.00989)

@@ -8,10 +8,13 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.pvt_v2 import Attention as PvtAttention
+from timm.models.swin_transformer import SwinTransformerBlock
 
 from ssl_global import attention
+from ssl_global.attention.aspp import pyramid
 from ssl_global.attention.dyt import DyT, replace_layer_norms
 from ssl_global.attention.non_local import sum_of_rectified
+from ssl_global.attention.ppm import PyramidPooling
 
 
 def build(name, channels=8, **options):
@@ -399,3 +402,102 @@ def test_deformable_offsets_move_the_samples_by_cells():
     read = module.sampled(x, x)
     torch.testing.assert_close(read[:, :, :4], x[:, :, 1:])
     torch.testing.assert_close(read[:, :, 4], x[:, :, 4])
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_shifted_window_is_timms_block_where_that_needs_no_padding(shifted):
+    """timm's masks are -100, ours is minus infinity: the same to rounding. Other sizes: test_windows.py."""
+    module = build("shifted_window", window=3, shifted=shifted, heads=2)
+    block = SwinTransformerBlock(8, (6, 6), num_heads=2, window_size=3, shift_size=1 if shifted else 0).double()
+    block.attn.load_state_dict(module.attention.state_dict())
+    y = torch.cat([x, x[:, :, :1]], dim=2)  # 6 x 6
+    added = block._attn(module.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    torch.testing.assert_close(module(y), y + module.gamma[:, None, None] * added)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [("code", [1, 1 / 3, 1 / 6, 1 / 6]), ("uniform", [1, 1, 1, 1])])
+def test_multipole_adds_up_the_levels(weights, shares):
+    """Of a 16 x 13 map with windows of 2: 16, 8, 4, 2 rows."""
+    module = build("multipole", window=2, weights=weights, heads=2)
+    y = torch.randn(2, 8, 16, 13).double()
+    level, total = y, 0
+    for depth, share in enumerate(shares):
+        added = module.local.branch(level)
+        for _ in range(depth):
+            added = added.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        total = total + share * added[:, :, :16, :13]
+        if level.shape[3] % 2:
+            level = torch.cat([level, level[..., -1:]], dim=-1)
+        level = (level[:, :, ::2, ::2] + level[:, :, 1::2, ::2] + level[:, :, ::2, 1::2] + level[:, :, 1::2, 1::2]) / 4
+    torch.testing.assert_close(module(y), y + module.gamma[:, None, None] * total)
+
+
+def test_multipole_reaches_everything_with_either_sampling():
+    for sampling in ("mean", "conv"):
+        module = build("multipole", window=3, sampling=sampling)
+        y = torch.randn(1, 8, 13, 11).double()
+        changed = y.clone()
+        changed[:, 0, 0, 0] += 1
+        assert ((module(y) - module(changed)).abs().amax((0, 1)) > 0).all()
+
+
+def test_ppm_is_the_paper():
+    module = build("ppm", bins=(1, 3), start="paper").pyramid
+    parts = [x]
+    for bins, layer in zip((1, 3), module.pooled, strict=True):
+        pooled = torch.zeros(2, 8, bins, bins).double()
+        for r in range(bins):
+            for c in range(bins):
+                rows = slice(r * 5 // bins, -(-(r + 1) * 5 // bins))
+                cols = slice(c * 6 // bins, -(-(c + 1) * 6 // bins))
+                pooled[:, :, r, c] = x[:, :, rows, cols].mean((2, 3))
+        small = F.relu(layer[1](F.conv2d(pooled, layer[0].weight)))
+        parts.append(F.interpolate(small, size=(5, 6), mode="bilinear", align_corners=True))
+    want = F.relu(module.join[1](F.conv2d(torch.cat(parts, 1), module.join[0].weight, padding=1)))
+    torch.testing.assert_close(module(x), want)
+
+
+def test_aspp_is_torchvisions():
+    module = build("aspp", rates=(1, 2), start="paper")
+    other = torchvision.models.segmentation.deeplabv3.ASPP(8, [1, 2], 8).double().eval()
+    other.load_state_dict(module.pyramid.state_dict())
+    torch.testing.assert_close(module(x), other(x))
+
+
+def test_heads_may_change_the_channels():
+    assert PyramidPooling(8, 5)(x.float()).shape == (2, 5, 5, 6)
+    assert pyramid(8, 5)(x.float()).shape == (2, 5, 5, 6)
+
+
+def test_acmix_is_the_paper_place_by_place():
+    module = build("acmix", kernel=3, heads=2, start="paper")
+    with torch.no_grad():  # as it begins: each map read at its own place around
+        module.move.weight.copy_(torch.eye(9).view(9, 3, 3).expand(8, -1, -1, -1))
+        module.move.bias.zero_()
+    query, key, value = (part.unflatten(1, (2, 4)) for part in module.qkv(x).chunk(3, dim=1))  # (B, 2, 4, H, W)
+    rows, cols = torch.linspace(-1, 1, 5).double(), torch.linspace(-1, 1, 6).double()
+    at = lambda i, j: module.position(torch.stack([cols[j], rows[i]])[None, :, None, None])[0, :, 0, 0]  # noqa: E731
+    maps = torch.einsum("nh,bhcyx->bncyx", module.maps.weight[:, :, 0, 0], torch.cat([query, key, value], 1))
+    around = [(u, v) for u in (-1, 0, 1) for v in (-1, 0, 1)]
+    want = torch.zeros(2, 8, 5, 6).double()
+    for b in range(2):
+        for i in range(5):
+            for j in range(6):
+                inside = [(min(max(i + u, 0), 4), min(max(j + v, 0), 5)) for u, v in around]
+                for h in range(2):
+                    logits = torch.stack(
+                        [
+                            (query[b, h, :, i, j] * (key[b, h, :, r, c] + at(i, j) - at(r, c))).sum() / 2
+                            for r, c in inside
+                        ]
+                    )
+                    parts = zip(logits.softmax(0), inside, strict=True)
+                    want[b, 4 * h : 4 * h + 4, i, j] += module.rates[0] * sum(
+                        w * value[b, h, :, r, c] for w, (r, c) in parts
+                    )
+                moved = sum(
+                    maps[b, n, :, i + u, j + v]
+                    for n, (u, v) in enumerate(around) if 0 <= i + u < 5 and 0 <= j + v < 6
+                )  # fmt: skip
+                want[b, :, i, j] += module.rates[1] * moved.repeat_interleave(2)  # C / 4 outputs of each of 4 groups
+    torch.testing.assert_close(module(x), want)

@@ -27,7 +27,7 @@ def moved(name, **options):
 
 def test_the_walk_finds_the_modules():
     print(f"{len(NAMES)} modules: {', '.join(NAMES)}")
-    assert len(NAMES) >= 24
+    assert len(NAMES) >= 29
     assert "non_local" in NAMES
 
 
@@ -149,6 +149,15 @@ def test_an_unknown_name_offers_the_nearest():
         ("deformable", {"groups": 3}, "deformable: groups = 3: does not divide 8"),
         ("deformable", {"reach": 0}, "deformable: reach = 0: above 0"),
         ("deformable", {"heads": 3}, "deformable: heads = 3: does not divide 8"),
+        ("shifted_window", {"window": 0}, "shifted_window: window = 0"),
+        ("shifted_window", {"heads": 3}, "shifted_window: heads = 3: does not divide 8"),
+        ("multipole", {"weights": "mine"}, "multipole: weights = 'mine': code or uniform"),
+        ("multipole", {"sampling": "max"}, "multipole: sampling = 'max': mean or conv"),
+        ("multipole", {"window": 1}, "multipole: window = 1: at least 2"),
+        ("ppm", {"bins": ()}, r"ppm: bins = \(\): at least one"),
+        ("aspp", {"rates": (0,)}, r"aspp: rates = \(0,\): at least one"),
+        ("acmix", {"kernel": 2}, "acmix: kernel = 2: an odd number"),
+        ("acmix", {"heads": 3}, "acmix: heads = 3: does not divide 8"),
         ("emax", {"groups": (3,)}, r"emax: groups = \(3,\): each must divide 8"),
         ("cross_shaped_window", {"stripe": 0}, "cross_shaped_window: stripe = 0"),
         ("cross_shaped_window", {"heads": 3}, "cross_shaped_window: heads = 3: an even number"),

@@ -12,6 +12,7 @@ from recipes_under_test import load_recipe
 from timm.models.swin_transformer import default_cfgs as swin_cfgs
 from timm.optim import param_groups_layer_decay
 
+from ssl_global.attention.windows import Whole, biases
 from ssl_global.encoders.global_swin import NAMES, GlobalSwinConfig, GlobalSwinEncoder, is_new
 from ssl_global.errors import UserError
 from ssl_global.methods.masking import random_hidden, uniform_hidden
@@ -198,7 +199,7 @@ def test_a_patch_reaches_the_tokens_whatever_is_between():
 @settings(max_examples=25, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), channels=st.sampled_from([1, 3, 5]), pool=st.booleans())
 def test_any_size(height, width, channels, pool):
-    """That the windows' padding is seen by nobody, test_windows.py shows by loops."""
+    """That the windows' padding is seen by nobody, attention/test_windows.py shows by loops."""
     built = encoder(channels=channels, pool="token" if pool else "avg")
     images = torch.randn(1, channels, height, width)
     with torch.no_grad():
@@ -438,9 +439,6 @@ def test_cells_beyond_the_edge_stand_for_nothing():
 
 def dense_stages(model, images, hidden, stages):
     """The whole image through the blocks themselves, hidden tokens there but attended by nobody: after each stage."""
-    from ssl_global.encoders.global_swin import biases
-    from ssl_global.encoders.windows import Whole
-
     x, tokens = model.embed(images), model.global_tokens.expand(len(images), -1, -1)
     outputs = []
     for stage in model.layers[:stages]:

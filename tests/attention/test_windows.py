@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.swin_transformer import PatchMerging, WindowAttention
 
-from ssl_global.encoders.global_swin import attend, biases, joined, true_places
+from ssl_global.attention.windows import Compact, Units, Whole, attend, biases
+from ssl_global.encoders.global_swin import joined, true_places
 from ssl_global.encoders.hiding import push_together, take_units
-from ssl_global.encoders.windows import Compact, Units, Whole
 from ssl_global.methods.masking import random_hidden, uniform_hidden
 
 WIDTH, HEADS = 8, 2
