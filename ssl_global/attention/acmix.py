@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Mixed, Start
-from ssl_global.attention.global_attention import heads_for
 
 SIDE = 3  # of the convolution
 
@@ -25,9 +24,7 @@ class ACmix(Mixed):
         super().__init__(channels, start)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"acmix: kernel = {kernel}: an odd number; the paper's is 7")
-        self.kernel, self.heads = kernel, heads_for(channels) if heads is None else heads
-        if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"acmix: heads = {heads}: does not divide {channels} channels")
+        self.kernel, self.heads = kernel, self.number_of_heads(heads)
         width = channels // self.heads
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.position = nn.Conv2d(2, width, 1)

@@ -30,6 +30,14 @@ class Attention(nn.Module):
             raise ValueError(f"start = {start!r}: identity or paper")
         self.channels, self.start = channels, start
 
+    def number_of_heads(self, heads: int | None) -> int:
+        """The number asked for, or one that fits. Raises ValueError if it does not divide the channels."""
+        heads = heads_for(self.channels) if heads is None else heads
+        if heads < 1 or self.channels % heads:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ValueError(f"{name}: heads = {heads}: does not divide {self.channels} channels")
+        return heads
+
 
 class Mixed(Attention):
     """A module whose published form is `mix`."""
@@ -102,3 +110,8 @@ class BatchNorm(nn.BatchNorm2d):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(x)
+
+
+def heads_for(channels: int) -> int:
+    """The largest number of heads, of at least 32 channels each, that divides them; one for fewer."""
+    return max(n for n in range(1, max(1, channels // 32) + 1) if channels % n == 0)

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
+from ssl_global.attention.base import Residual, Start, heads_for
 
 
 class CrossShapedWindow(Residual):

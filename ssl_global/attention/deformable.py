@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
 
 
 class DeformableAttention(Residual):
@@ -42,9 +41,7 @@ class DeformableAttention(Residual):
             raise ValueError(f"deformable: groups = {groups}: does not divide {channels} channels")
         if reach <= 0:
             raise ValueError(f"deformable: reach = {reach}: above 0; the paper's is 1 to 5")
-        self.heads = heads_for(channels) if heads is None else heads
-        if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"deformable: heads = {heads}: does not divide {channels} channels")
+        self.heads = self.number_of_heads(heads)
         self.stride, self.groups, self.reach = stride, groups, reach
         width, kernel = channels // groups, stride + 1 + stride % 2  # odd, and wider than the stride
         self.norm = nn.LayerNorm(channels)

@@ -15,9 +15,7 @@ class GlobalAttention(Residual):
 
     def __init__(self, channels: int, *, heads: int | None = None, start: Start = "identity") -> None:
         super().__init__(channels, start, paper_gamma=None)
-        heads = heads_for(channels) if heads is None else heads
-        if heads < 1 or channels % heads:
-            raise ValueError(f"global_attention: heads = {heads}: does not divide {channels} channels")
+        heads = self.number_of_heads(heads)
         self.norm = nn.LayerNorm(channels)
         self.attention = TokenAttention(channels, num_heads=heads, qkv_bias=True)
 
@@ -25,8 +23,3 @@ class GlobalAttention(Residual):
         tokens = x.flatten(2).transpose(1, 2)
         mixed: Tensor = self.attention(self.norm(tokens))
         return mixed.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def heads_for(channels: int) -> int:
-    """The largest number of heads of at least 32 channels that divides them."""
-    return max(n for n in range(1, max(1, channels // 32) + 1) if channels % n == 0)

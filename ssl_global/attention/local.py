@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
 
 
 class LocalAttention(Residual):
@@ -37,9 +36,7 @@ class LocalAttention(Residual):
             raise ValueError(f"local: window = {window}: at least 1; the source's is 7")
         if not 1 <= self.stride <= window:
             raise ValueError(f"local: stride = {stride}: 1 to the window, {window}, or places would be left out")
-        self.heads = heads_for(channels) if heads is None else heads
-        if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"local: heads = {heads}: does not divide {channels} channels")
+        self.heads = self.number_of_heads(heads)
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
 
 
 class NeighbourhoodAttention(Residual):
@@ -20,9 +19,7 @@ class NeighbourhoodAttention(Residual):
         super().__init__(channels, start, paper_gamma=None)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"neighbourhood: kernel = {kernel}: an odd number; the paper's is 7")
-        self.kernel, self.heads = kernel, heads_for(channels) if heads is None else heads
-        if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"neighbourhood: heads = {heads}: does not divide {channels} channels")
+        self.kernel, self.heads = kernel, self.number_of_heads(heads)
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)

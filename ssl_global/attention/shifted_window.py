@@ -9,7 +9,6 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
 from ssl_global.attention.windows import Whole, attend
 
 
@@ -32,9 +31,7 @@ class ShiftedWindow(Residual):
         super().__init__(channels, start, paper_gamma=None)
         if window < 1:
             raise ValueError(f"shifted_window: window = {window}: at least 1; the paper's is 7")
-        heads = heads_for(channels) if heads is None else heads
-        if heads < 1 or channels % heads:
-            raise ValueError(f"shifted_window: heads = {heads}: does not divide {channels} channels")
+        heads = self.number_of_heads(heads)
         self.window, self.shifted = window, shifted
         self.norm = nn.LayerNorm(channels)
         self.attention = WindowAttention(channels, heads, window_size=window)

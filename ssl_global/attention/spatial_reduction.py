@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
-from ssl_global.attention.global_attention import heads_for
 
 
 class SpatialReductionAttention(Residual):
@@ -24,9 +23,7 @@ class SpatialReductionAttention(Residual):
         super().__init__(channels, start, paper_gamma=None)
         if reduction < 1:
             raise ValueError(f"spatial_reduction: reduction = {reduction}: at least 1")
-        self.reduction, self.heads = reduction, heads_for(channels) if heads is None else heads
-        if self.heads < 1 or channels % self.heads:
-            raise ValueError(f"spatial_reduction: heads = {heads}: does not divide {channels} channels")
+        self.reduction, self.heads = reduction, self.number_of_heads(heads)
         self.norm_places = nn.LayerNorm(channels)
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
