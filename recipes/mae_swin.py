@@ -17,7 +17,8 @@ Expect   recipe(): unmeasured here. The authors, a plain Swin-T, on ImageNet: fi
          0.670 / 0.637, 0.679 / 0.622; k-NN of raw pixels 0.264. Random windows are hard to beat by a probe: 1.5 times
          as wide, the encoder went from 0.626 to 0.683, and with seed 1 from 0.677 to 0.650. Twice the epochs or twice
          the rate did not change that; the secondary token made it worse at this size.
-Numbers  implus/UM-MAE PRETRAIN.md, Makefile, models_mae_swin.py, unless marked "ours".
+Numbers  implus/UM-MAE PRETRAIN.md, Makefile, models_mae_swin.py, unless marked "ours"; crops, betas, the rate at the
+         end and the decoder's heads are MAE's, which it builds on (mae.py).
 """
 
 from dataclasses import replace

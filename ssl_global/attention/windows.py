@@ -29,7 +29,7 @@ Letters, in this file only:
     B  images     H, W  rows and columns of a map     C  channels     A  tokens of a window     N  windows of a map
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -47,7 +47,7 @@ class Windows:
     size: tuple[int, int]  # of a window, in tokens
     shift: tuple[int, int]  # down and to the right
     padded: tuple[int, int]  # the map, made a multiple of the size
-    distance: Tensor  # int64 (A, A, 2), or (B * N, A, A, 2) where it differs: rows and columns from key to query
+    bias_rows: Tensor  # int64 (A, A), or (B * N, A, A) where it differs: each pair's row of the table of biases
     allowed: Tensor | None  # bool (N, A, A) or (B * N, A, A): whether query and key belong together; None: all do
 
     def split(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Groups:
     """Tokens that attend to each other without a map: those of each unit, or all that are visible."""
 
     alone: bool  # each unit by itself
-    distance: Tensor  # int64 (A, A, 2) or (B, A, A, 2)
+    bias_rows: Tensor  # int64 (A, A) or (B, A, A)
     allowed: Tensor | None  # bool (A, A) or (B, A, A)
 
     def split(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Whole:
         grid = (x.shape[1], x.shape[2])
         size = (min(window[0], grid[0]), min(window[1], grid[1]))
         steps = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
-        return map_windows(grid, size, shift_where_cut(grid, size, steps), x.device)
+        return map_windows(grid, size, shift_where_cut(grid, size, steps), window, x.device)
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Compact:
         covers = [axis >= whole for axis, whole in zip(window, self.grid, strict=True)]
         sides = [n if all_ else min(p * side, n) for n, all_, p in zip(compact, covers, patches, strict=True)]
         size, steps = (sides[0], sides[1]), (patches[0] // 2 * side, patches[1] // 2 * side) if shifted else (0, 0)
-        cuts = map_windows(compact, size, shift_where_cut(compact, size, steps), x.device)
+        cuts = map_windows(compact, size, shift_where_cut(compact, size, steps), window, x.device)
         places = cuts.split(self.places)  # (B * N, A, 2)
         distance, allowed = places[:, :, None] - places[:, None, :], cuts.allowed
         # Patches of a cell lie up to two sides apart; a window that holds less of them than that has near pairs only.
         if min(window) < 2 * side and (size != (side, side) or min(window) < side):
             near = within(distance, window)
             allowed = near if allowed is None else near & allowed.repeat(x.shape[0], 1, 1)
-        return Windows(cuts.size, cuts.shift, cuts.padded, distance, allowed)
+        return replace(cuts, bias_rows=bias_rows(distance, window), allowed=allowed)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Units:
         if max(window) <= side:
             places = self.places[0, 0].flatten(0, 1)
             distance = places[:, None] - places[None, :]
-            return Groups(True, distance, None if min(window) == side else within(distance, window))
+            allowed = None if min(window) == side else within(distance, window)
+            return Groups(True, bias_rows(distance, window), allowed)
         places = self.places.flatten(1, 3)  # (B, A, 2)
         regions = [
             region(places[..., axis], self.grid[axis], min(window[axis], self.grid[axis]),
@@ -154,21 +155,24 @@ class Units:
             for axis in (0, 1)
         ]  # fmt: skip
         together = [r[:, :, None] == r[:, None, :] for r in regions]
-        return Groups(False, places[:, :, None] - places[:, None, :], together[0] & together[1])
+        distance = places[:, :, None] - places[:, None, :]
+        return Groups(False, bias_rows(distance, window), together[0] & together[1])
 
 
 Layout = Whole | Compact | Units
 
 
-def map_windows(grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Windows:
-    """The windows of a map in which nothing is hidden."""
+def map_windows(
+    grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, int], window: tuple[int, int], device: torch.device
+) -> Windows:
+    """The windows, of `size`, of a map in which nothing is hidden; `window` is that of the table of biases."""
     padded = tuple(ceil(n / s) * s for n, s in zip(grid, size, strict=True))
     inside = torch.stack(
         torch.meshgrid(*(torch.arange(s, device=device) for s in size), indexing="ij"), dim=-1
     ).flatten(0, 1)  # (A, 2)
-    distance = inside[:, None] - inside[None, :]
+    rows_of_pairs = bias_rows(inside[:, None] - inside[None, :], window)
     if padded == grid and shift == (0, 0):
-        return Windows(size, shift, grid, distance, None)
+        return Windows(size, shift, grid, rows_of_pairs, None)
     rows, cols = (
         region((torch.arange(p, device=device) + step) % p, n, s, step)
         for p, n, s, step in zip(padded, grid, size, shift, strict=True)
@@ -177,7 +181,15 @@ def map_windows(grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, 
     both = torch.where((both == PADDING).any(-1, keepdim=True), PADDING, both)
     regions = cut(both[None], size)  # (N, A, 2)
     allowed = (regions[:, :, None] == regions[:, None, :]).all(-1)
-    return Windows(size, shift, (padded[0], padded[1]), distance, allowed)
+    return Windows(size, shift, (padded[0], padded[1]), rows_of_pairs, allowed)
+
+
+def bias_rows(distance: Tensor, window: tuple[int, int]) -> Tensor:
+    """(..., 2) rows and columns from key to query -> (...) rows of the table of a window's biases."""
+    h, w = window
+    # Pairs that do not attend to each other may lie farther apart than the table knows.
+    rows = distance[..., 0].clamp(1 - h, h - 1) + h - 1
+    return rows * (2 * w - 1) + distance[..., 1].clamp(1 - w, w - 1) + w - 1
 
 
 def within(distance: Tensor, window: tuple[int, int]) -> Tensor:
@@ -227,13 +239,9 @@ def attend(attention: WindowAttention, x: Tensor, windows: Windows | Groups) -> 
 
 def biases(attention: WindowAttention, windows: Windows | Groups, *, num_groups: int) -> Tensor:
     """What is added to each pair's logit, -inf where it does not belong together: (1 or groups, heads, A, A)."""
-    h, w = attention.window_size
-    # Pairs that do not attend to each other may lie farther apart than the table knows.
-    rows = windows.distance[..., 0].clamp(1 - h, h - 1) + h - 1
-    cols = windows.distance[..., 1].clamp(1 - w, w - 1) + w - 1
-    places = rows * (2 * w - 1) + cols  # (A, A) or (groups, A, A)
-    bias = attention.relative_position_bias_table.t().index_select(1, places.flatten())
-    bias = bias.view(-1, *places.shape).movedim(0, -3)  # (heads, A, A) or (groups, heads, A, A)
+    rows = windows.bias_rows
+    bias = attention.relative_position_bias_table.t().index_select(1, rows.flatten())
+    bias = bias.view(-1, *rows.shape).movedim(0, -3)  # (heads, A, A) or (groups, heads, A, A)
     if windows.allowed is not None:
         allowed = windows.allowed.unsqueeze(-3)  # (A, A), (windows, A, A) or (groups, A, A), for every head
         if allowed.ndim == 4 and allowed.shape[0] != num_groups:

@@ -39,6 +39,7 @@ from timm.models.swin_transformer import default_cfgs as swin_cfgs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssl_global.attention.base import heads_for
 from ssl_global.attention.global_tokens import GlobalTokens
 from ssl_global.attention.windows import Compact, Groups, Layout, Units, Whole, Windows, attend
 from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens
@@ -49,7 +50,6 @@ from ssl_global.recipe import EncoderConfig, Recipe, in_range
 __all__ = ["GlobalSwin", "GlobalSwinConfig", "GlobalSwinEncoder"]
 
 FIRST_PATCH = 4  # of all named models
-HEAD_CHANNELS = 32  # of an attention head, where the bottleneck allows it; as Swin's own
 NO_SUMMARY = "global_pool = token: the last stage has no global tokens"
 
 
@@ -122,7 +122,7 @@ class GlobalSwin(SwinTransformer):
                     stage.mixers[str(block)] = GlobalTokens(
                         carried,
                         bottleneck=carried // global_bottleneck,
-                        heads=heads_of(carried // global_bottleneck),
+                        heads=heads_for(carried // global_bottleneck),
                         gate=float(start == "scratch"),
                         writes=global_last_write or (index, block) != (last_stage, last),
                     )
@@ -249,7 +249,9 @@ class GlobalStage(SwinTransformerStage):
         blocks = cast(list[GlobalBlock], list(self.blocks))
         cuts: list[Windows | Groups | None] = [None, None]
         if self.cuts_windows or not isinstance(layout, Whole):
-            cuts = [layout.windows(x, blocks[0].window_size, shifted=shifted) for shifted in (False, True)]
+            cuts = [
+                layout.windows(x, blocks[0].window_size, shifted=shifted) for shifted in (False, True)[: len(blocks)]
+            ]
         for index, block in enumerate(blocks):
             x = self.run(block, x, cuts[index % 2])
             if str(index) in self.mixers:
@@ -280,11 +282,6 @@ def linear(width_in: int, width_out: int) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def heads_of(bottleneck: int) -> int:
-    """As many heads of 32 channels as there is room for, or the next number that divides the bottleneck."""
-    return max(n for n in range(1, max(1, bottleneck // HEAD_CHANNELS) + 1) if bottleneck % n == 0)
 
 
 # ------------------------------------------------------------------------------------------------------- timm's names
@@ -456,8 +453,7 @@ class GlobalSwinEncoder(Encoder):
         self.width, self.first_width = model.num_features, model.embed_dim
         self.patch = model.feature_info[-1]["reduction"]
         self.first_patch = config.patch or FIRST_PATCH
-        last = len(model.layers) - 1
-        self.num_globals = config.tokens if last in (config.mix_stages or (last,)) else 0
+        self.num_globals = config.tokens if model.has_summary else 0
 
     def encode(
         self,

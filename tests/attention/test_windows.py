@@ -135,7 +135,8 @@ def test_what_uniform_masking_leaves_attends_as_in_the_whole_image(cells, odd, w
                     attention, x[b].flatten(0, 1), layout.places[b].flatten(0, 1), whole, (window, window), shift
                 )
                 torch.testing.assert_close(got[b].flatten(0, 1), want)
-    near = windows.distance.abs().amax(-1) < window
+    places = windows.split(layout.places)
+    near = (places[:, :, None] - places[:, None, :]).abs().amax(-1) < window
     allowed = torch.ones_like(near[:1]) if windows.allowed is None else windows.allowed
     assert (near | ~allowed.repeat(len(near) // len(allowed), 1, 1)).all(), "a bias beyond the table"
 
