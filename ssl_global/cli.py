@@ -7,6 +7,7 @@ ssl-global export RUN                   a run's backbone into a folder that timm
 ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as one safetensors file
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
+ssl-global plan BACKBONE                what a backbone costs, what attention would add, which would fit
 """
 
 import json
@@ -24,6 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from ssl_global.attention.attach import Chosen, attach, name_of, parse
+from ssl_global.attention.cost import Precision, cost, named
+from ssl_global.attention.places import four_stages, input_size_of
+from ssl_global.attention.recommend import recommend
 from ssl_global.command_line import find, show_any_name
 from ssl_global.data.doctor import advice, diagnose
 from ssl_global.data.files import read_json
@@ -34,7 +39,7 @@ from ssl_global.data.source import open_source
 from ssl_global.data.summary import describe as describe_packed
 from ssl_global.errors import UserError
 from ssl_global.evaluation import features as f
-from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder
+from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder, timm_model
 from ssl_global.evaluation.knn import knn, knn_confusion
 from ssl_global.evaluation.linear import linear
 from ssl_global.export import export as export_encoder
@@ -182,6 +187,74 @@ def merge(run: Annotated[Positional[Path], arg(metavar="RUN")], *, out: Path, op
     shards = len(record["files"])
     size = out.stat().st_size / 1e6
     print(f"{out}: {len(names)} tensors of {folder}, from {shards} shards, {size:.1f} MB")
+
+
+@app.command
+def plan(
+    backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
+    *,
+    attention: tuple[str, ...] = (),
+    task: Literal["small_objects", "segment", "classify", "dense"] | None = None,
+    memory_gb: float | None = None,
+    pixels: int | None = None,
+    batch: int = 1,
+    precision: Precision = "fp32",
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> None:
+    """What a backbone costs to train: parameters, arithmetic, memory; and what attention modules would add.
+
+    Args:
+        backbone: A timm name, or an export folder.
+        attention: Modules to put in: non_local, layer3=non_local, or 'layer3=criss_cross(recurrence=3)'; without a
+            place, after the last stage but one.
+        task: Have modules recommended for this; needs --memory-gb.
+        memory_gb: Of the GPU.
+        pixels: Side of the images; by default what the backbone is made for.
+        batch: Images at once.
+        precision: Of the forward pass.
+        json_file: Also write the figures to this file.
+    """
+    if (task is None) != (memory_gb is None):
+        raise UserError("--task and --memory-gb go together: a recommendation is for both")
+    if task is not None and attention:
+        raise UserError("--attention chooses the modules, --task has them chosen: one of them")
+    try:
+        model = planned_model(backbone)
+        channels, *_ = input_size_of(model)
+        size = (channels, pixels, pixels) if pixels else None
+        found: dict[str, Any]
+        if task is not None and memory_gb is not None:
+            recommended = recommend(task, memory_gb, size, batch, model, precision=precision)
+            shown, found = str(recommended), recommended.as_dict()
+        elif attention:
+            report = attach(model, placed(model, attention)).report(size, batch, precision=precision)
+            shown, found = str(report), {"costs": report.rows(), "memory": report.after.source}
+        else:
+            alone = cost(model, size, batch, precision=precision)
+            shown, found = str(alone), alone.as_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(shown)
+    if json_file:
+        json_file.write_text(json.dumps({"backbone": backbone, **found}, indent=2) + "\n")
+
+
+def placed(model: torch.nn.Module, attention: Sequence[str]) -> dict[str, Chosen]:
+    """Modules as the command line says them, by their places."""
+    chosen: dict[str, Chosen] = {}
+    for text in attention:
+        place, module = parse(text)
+        if place is None and len(four_stages(model)) < 2:
+            raise UserError(f"--attention {text}: the model names no stages; PLACE={text} would be right")
+        place = place or four_stages(model)[-2]
+        if place in chosen:
+            raise UserError(f"--attention {text}: {name_of(chosen[place])} has {place} already")
+        chosen[place] = module
+    return chosen
+
+
+def planned_model(name: str) -> torch.nn.Module:
+    return timm_model(f"local-dir:{name}", pretrained=False) if Path(name).is_dir() else named(name)
 
 
 @app.command

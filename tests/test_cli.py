@@ -271,3 +271,53 @@ def test_judging_and_exporting_import_nothing_that_trains():
 
 def test_by_default_there_is_a_device_that_works():
     assert torch.ones(2, device=cli.device_named(None)).sum().item() == 2
+
+
+def test_plan_says_what_attention_would_cost(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    wanted = ["layer4=criss_cross(recurrence=3)", "se"]
+    cli.main(["plan", "test_resnet", "--attention", *wanted, "--pixels", "96", "--batch", "4", "--json", str(out)])
+    shown = capsys.readouterr().out
+    assert "+ criss_cross at layer4" in shown
+    assert "images 4 x 3 x 96 x 96; memory estimated by a dry run" in shown
+    rows = json.loads(out.read_text())["costs"]
+    assert [row["what"] for row in rows] == [
+        "backbone",
+        "+ se at layer3",
+        "+ criss_cross at layer4",
+        "with all of them",
+    ]
+
+
+def test_plan_a_backbone_alone_and_an_export(backbone, capsys):
+    cli.main(["plan", backbone])
+    assert "images 1 x 3 x 32 x 32" in capsys.readouterr().out
+
+
+def test_plan_recommends(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    cli.main(["plan", "test_resnet", "--task", "segment", "--memory-gb", "12", "--json", str(out)])
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "strategy  full_global_attention\nbecause   with 12 GB the rule by memory alone says window"
+    )
+    assert json.loads(out.read_text())["chosen"]["strategy"] == "full_global_attention"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resnet5"], "ssl-global: resnet5: no model of timm; the nearest are resnet"),
+        (["test_resnet", "--attention", "layer7=se"], "ssl-global: layer7: not in this ResNet; its stages are"),
+        (["test_resnet", "--attention", "se(3)"], "ssl-global: attention 'se(3)': MODULE, PLACE=MODULE or"),
+        (["test_resnet", "--attention", "se", "gca"], "ssl-global: --attention gca: se has layer3 already"),
+        (["test_resnet", "--task", "dense"], "ssl-global: --task and --memory-gb go together"),
+        (["test_resnet", "--task", "dense", "--memory-gb", "9", "--attention", "se"], "one of them"),
+        (["test_vit", "--pixels", "100"], "ssl-global: VisionTransformer: takes no images of (3, 100, 100)"),
+    ],
+)
+def test_what_cannot_be_planned(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *arguments])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

@@ -10,12 +10,13 @@ Each begins as an exact identity, or as it is published with start="paper" (base
 
 import difflib
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 from ssl_global.attention.base import Attention
 
-NO_MODULES = {"__init__", "base", "windows", "dyt"}  # dyt is a norm
+NO_MODULES = {"__init__", "base", "windows", "dyt", "attach", "places", "layout", "cost", "recommend"}  # dyt is a norm
 
 
 def names() -> list[str]:
@@ -26,9 +27,14 @@ def names() -> list[str]:
 def build(name: str, channels: int, **options: Any) -> Attention:
     """The module of that name for so many channels; its class says which options it has.
 
-    Raises ValueError for a name that is none, with the nearest; for what cannot be built the module says why.
+    Raises ValueError for a name or an option that is none, with those that there are; for what cannot be built the
+    module says why.
     """
-    return module_class(name)(channels, **options)
+    chosen = module_class(name)
+    known = [option for option in inspect.signature(chosen).parameters if option != "channels"]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{name}: no option {unknown[0]!r}; there are {', '.join(known)}")
+    return chosen(channels, **options)
 
 
 def module_class(name: str) -> type[Attention]:

@@ -29,6 +29,19 @@ class Attention(nn.Module):
         if start not in ("identity", "paper"):
             raise ValueError(f"start = {start!r}: identity or paper")
         self.channels, self.start = channels, start
+        self.last_layers: list[nn.Module] = []  # those that `begin` was called with
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What is 0 where the module is the identity: gammas, and the last layers of gates. They take no weight decay,
+        and may learn faster than the rest; with start="paper" there may be none."""
+        found = []
+        for part in self.modules():
+            if isinstance(part, Attention):
+                gamma = getattr(part, "gamma", None)
+                found += [gamma] if isinstance(gamma, nn.Parameter) else []
+                layers = part.last_layers if part.start == "identity" else []
+                found += [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        return found
 
     def number_of_heads(self, heads: int | None) -> int:
         """The number asked for, or one that fits. Raises ValueError if it does not divide the channels."""
@@ -89,6 +102,7 @@ class Gated(Attention):
 
     def begin(self, last: nn.Module) -> None:
         """To be called with the gates' last layer."""
+        self.last_layers.append(last)
         if self.start == "identity":
             for parameter in last.parameters(recurse=False):
                 nn.init.zeros_(parameter)

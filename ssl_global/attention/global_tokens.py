@@ -101,3 +101,6 @@ class GlobalTokenAttention(Attention):
         patches, _ = self.mixer(x.flatten(2).transpose(1, 2), self.tokens.to(x.dtype).repeat(x.shape[0], 1, 1))
         written: Tensor = patches.transpose(1, 2).unflatten(2, x.shape[2:])
         return written
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return [self.mixer.gate]

@@ -43,9 +43,14 @@ def test_it_begins_as_the_identity(name, training, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_begins_to_learn_at_the_first_step(name):
+    """By its gates, which are all that keeps it an identity."""
     module = build(name)
     module(torch.randn(2, CHANNELS, 6, 6)).square().sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in module.parameters())
+    gates = module.gate_parameters()
+    assert gates
+    assert not any(gate.any() for gate in gates)
+    assert any(gate.grad.any() for gate in gates)
+    assert {id(gate) for gate in gates} <= {id(p) for p in module.parameters()}
 
 
 @pytest.mark.parametrize("start", ["identity", "paper"])
@@ -90,6 +95,21 @@ def test_channels_last_says_the_same(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of what it compiles
+def test_compiled_it_computes_the_same(name):
+    """Whole, forward and backward, of one size."""
+    module = moved(name).eval()
+    x, twin = (torch.randn(2, CHANNELS, 7, 5, generator=torch.Generator().manual_seed(2)) for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)  # a break is an error
+    y, expected = compiled(x.requires_grad_()), module(twin.requires_grad_())
+    torch.testing.assert_close(y, expected)
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_state_dicts_come_and_go(name):
     module, twin = moved(name).eval(), build(name, seed=3).eval()
     twin.load_state_dict(module.state_dict())
@@ -112,7 +132,7 @@ def test_what_cannot_be_is_refused(name):
         attention.build(name, 0)
     with pytest.raises(ValueError, match="start = 'warm': identity or paper"):
         attention.build(name, 8, start="warm")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'reductoin'"):
+    with pytest.raises(ValueError, match=r"no option 'reductoin'; there are .*start"):
         attention.build(name, 8, reductoin=2)
 
 
