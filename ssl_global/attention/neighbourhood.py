@@ -1,15 +1,20 @@
 """Neighbourhood attention: each place attends to the k x k nearest ones (Hassani et al. 2023, https://arxiv.org/abs/2204.07143).
 
 Near an edge the neighbourhood slides inwards: a place has k x k neighbours everywhere, or the whole map where that is
-smaller. In plain torch: keys and values of the neighbours are gathered, N k^2 of them, which trains on CPUs too.
+smaller. On CUDA by NATTEN, the authors' kernels, if that is installed; else keys and values of the neighbours are
+gathered, N k^2 of them, in plain torch, which trains on CPUs too. Both are the same attention (tested where NATTEN is).
 
 Not as in the paper: no relative biases (the authors have dropped them from NATTEN's newer releases too).
 """
+
+import importlib.util
 
 import torch
 from torch import Tensor, nn
 
 from ssl_global.attention.base import Residual, Start
+
+HAS_NATTEN = importlib.util.find_spec("natten") is not None
 
 
 class NeighbourhoodAttention(Residual):
@@ -27,14 +32,27 @@ class NeighbourhoodAttention(Residual):
     def branch(self, x: Tensor) -> Tensor:
         tokens = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         query, key, value = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.heads, -1)).unbind(3)
-        rows = neighbours(x.shape[2], self.kernel, x.device)  # (H, k)
-        cols = neighbours(x.shape[3], self.kernel, x.device)  # (W, k)
-        at = (slice(None), rows[:, None, :, None], cols[None, :, None, :])
-        near = key[at].flatten(3, 4)  # (B, H, W, k * k, heads, C / heads)
-        logits = torch.einsum("bhwnc,bhwknc->bhwnk", query, near) * query.shape[-1] ** -0.5
-        mixed = torch.einsum("bhwnk,bhwknc->bhwnc", logits.softmax(-1).to(value.dtype), value[at].flatten(3, 4))
-        added: Tensor = self.out(mixed.flatten(3))
+        fits = 1 < self.kernel <= min(x.shape[2:])  # NATTEN takes no others
+        attend = by_natten if HAS_NATTEN and x.is_cuda and fits else by_gathering
+        added: Tensor = self.out(attend(query, key, value, self.kernel).flatten(3))
         return added.permute(0, 3, 1, 2)
+
+
+def by_gathering(query: Tensor, key: Tensor, value: Tensor, kernel: int) -> Tensor:
+    """Each (B, H, W, heads, channels of a head)."""
+    rows = neighbours(query.shape[1], kernel, query.device)  # (H, k)
+    cols = neighbours(query.shape[2], kernel, query.device)  # (W, k)
+    at = (slice(None), rows[:, None, :, None], cols[None, :, None, :])
+    near = key[at].flatten(3, 4)  # (B, H, W, k * k, heads, channels of a head)
+    logits = torch.einsum("bhwnc,bhwknc->bhwnk", query, near) * query.shape[-1] ** -0.5
+    return torch.einsum("bhwnk,bhwknc->bhwnc", logits.softmax(-1).to(value.dtype), value[at].flatten(3, 4))
+
+
+def by_natten(query: Tensor, key: Tensor, value: Tensor, kernel: int) -> Tensor:
+    from natten.functional import na2d
+
+    attended: Tensor = na2d(query, key, value, kernel_size=kernel)
+    return attended
 
 
 def neighbours(length: int, kernel: int, device: torch.device) -> Tensor:

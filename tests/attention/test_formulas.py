@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from ssl_global import attention
 from ssl_global.attention.aspp import pyramid
 from ssl_global.attention.dyt import DyT, replace_layer_norms
+from ssl_global.attention.neighbourhood import by_gathering, by_natten
 from ssl_global.attention.non_local import sum_of_rectified
 from ssl_global.attention.ppm import PyramidPooling
 
@@ -248,6 +249,14 @@ def test_neighbourhood_is_attention_behind_a_mask(kernel):
     query, key, value = heads_apart(module, module.norm(flat(x)), 2)
     mixed = heads_together(reference_attention(query, key, value, mask, 0.5), 2)
     torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * as_map(module.out(mixed), x))
+
+
+@pytest.mark.filterwarnings("ignore")  # NATTEN's own, of the slow path that it has for CPUs
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_natten_is_the_same_attention(kernel):
+    pytest.importorskip("natten")
+    query, key, value = torch.randn(3, 2, 9, 7, 2, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(by_natten(query, key, value, kernel), by_gathering(query, key, value, kernel))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(3, 3), (3, 1), (4, 3), (7, 5), (2, 2)])
