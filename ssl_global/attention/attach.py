@@ -15,7 +15,7 @@ were. What runs it is a forward hook, so nothing of the model's code or structur
 """
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from ssl_global.attention import build
 from ssl_global.attention.base import Attention
 from ssl_global.attention.cost import Precision, Report, cost, zeros_for
-from ssl_global.attention.layout import ImageSize, Layout, Observed, Patches, layout_at, observe
+from ssl_global.attention.layout import ImageSize, Layout, Observed, Patches, in_evaluation, laid_as, layout_at, observe
 from ssl_global.attention.places import find, host_of, input_size_of, listed, stages
 
 Chosen = str | tuple[str, Mapping[str, Any]]  # a module's name, or its name and options
@@ -60,18 +60,20 @@ class Attached(nn.Module):
         return self.chosen[0]
 
     def forward(self, output: Any) -> Any:
-        if self.item is None:
-            return self.attend(output)
-        items = list(output)
-        items[self.item] = self.attend(items[self.item])
-        return items if isinstance(output, list) else tuple(items)
+        return self.with_map(output, self.attention)
 
-    def attend(self, x: Tensor) -> Tensor:
+    def with_map(self, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """What the place gives, with its map changed."""
+        x: Tensor = output if self.item is None else output[self.item]
         try:
             features_BCHW = self.layout.to_map(x)
         except ValueError as error:
             raise ValueError(f"{self.name} at {self.place}: {error}") from None
-        return self.layout.from_map(self.attention(features_BCHW), x)
+        y = laid_as(self.layout.from_map(change(features_BCHW), x), x)
+        if self.item is None:
+            return y
+        items = [*output[: self.item], y, *output[self.item + 1 :]]
+        return items if isinstance(output, list) else tuple(items)
 
     def after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         return self(output)
@@ -122,9 +124,31 @@ def attach(
         attached_to(model, place, *wanted[place], path, observed, size)
         for place, path in zip(wanted, targets, strict=True)
     ]
+    for one, target in zip(attached, targets.values(), strict=True):
+        refuse_unread(model, one, target, observed)
     for one in attached:
         one.to(images.device, images.dtype).train(model.training).stand_in(model)
     return Attachment(model)
+
+
+def refuse_unread(model: nn.Module, one: Attached, target: nn.Module, observed: Observed) -> None:
+    """Raises ValueError if the model gives the same whatever the map is there: behind a ViT's last block only the class
+    token may be read."""
+
+    def change(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return one.with_map(output, lambda features_BCHW: features_BCHW + torch.randn_like(features_BCHW))
+
+    hook = target.register_forward_hook(change, prepend=True)
+    try:
+        with torch.random.fork_rng():
+            said = in_evaluation(model, observed.images)
+    finally:
+        hook.remove()
+    if all(map(torch.equal, said, observed.said)):
+        raise ValueError(
+            f"{one.place}: nothing behind it looks at the patches (at the class token alone?); a place before it, or "
+            "another pooling (global_pool='avg'), would be right"
+        )
 
 
 def free_targets(model: nn.Module, names: dict[str, str]) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ but need room besides. With an accelerator a step is run there and its peak is m
 
 import copy
 import difflib
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import timm
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_global.attention.layout import tensors_of
 from ssl_global.attention.places import input_size_of
 
 Precision = Literal["fp32", "bf16"]  # of the forward pass; weights are float32
@@ -148,17 +149,10 @@ def peak_of_a_step(model: nn.Module, images: Tensor, precision: Precision) -> in
     torch.accelerator.reset_peak_memory_stats(images.device)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         outputs = model(images)
-    torch.stack([tensor.float().square().mean() for tensor in tensors_of(outputs)]).sum().backward()
+    torch.stack(
+        [tensor.float().square().mean() for tensor in tensors_of(outputs) if tensor.requires_grad]
+    ).sum().backward()
     return torch.accelerator.max_memory_allocated(images.device) - before
-
-
-def tensors_of(outputs: Any) -> list[Tensor]:
-    """Those that backward can start from."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.requires_grad else []
-    outputs = vars(outputs) if is_dataclass(outputs) else outputs
-    parts = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple | list) else []
-    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ It is found out by looking at one forward pass: `observe`, then `layout_at`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +61,7 @@ class ChannelsLast:
         return x.permute(0, 3, 1, 2)
 
     def from_map(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.permute(0, 2, 3, 1).contiguous()
+        return y.permute(0, 2, 3, 1)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Patches:
 
     def from_map(self, y: Tensor, x: Tensor) -> Tensor:
         patches = y.flatten(2).transpose(1, 2)
-        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches.contiguous()
+        return torch.cat([x[:, : self.num_prefix], patches], dim=1) if self.num_prefix else patches
 
 
 @dataclass
@@ -108,12 +108,19 @@ class Observed:
 
     images: Tensor
     outputs: dict[str, Any]
-    entrance: str | None  # path of the innermost module that was given the images themselves
+    entrance: str | None = None  # path of the innermost module that was given the images themselves
+    said: list[Tensor] = field(default_factory=list)  # what the model gave in the end
+
+
+def laid_as(y: Tensor, x: Tensor) -> Tensor:
+    """y with the strides of x: sums over another order in memory are rounded otherwise, and the backbone's own layers
+    may count on theirs."""
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def observe(model: nn.Module, places: dict[str, nn.Module], images: Tensor) -> Observed:
     """Lets the model look at `images`, in evaluation, and leaves it as it was."""
-    observed = Observed(images, {}, None)
+    observed = Observed(images, {})
 
     def entered(path: str, inputs: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape == images.shape:
@@ -127,16 +134,31 @@ def observe(model: nn.Module, places: dict[str, nn.Module], images: Tensor) -> O
         hooks.append(module.register_forward_pre_hook(lambda _module, inputs, p=path: entered(p, inputs)))
     for place, module in places.items():
         hooks.append(module.register_forward_hook(lambda _module, _inputs, output, p=place: left(p, output)))
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(images)
+        observed.said = in_evaluation(model, images)
     finally:
         for hook in hooks:
             hook.remove()
+    return observed
+
+
+def in_evaluation(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """All tensors that the model gives; it is left in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            return tensors_of(model.eval()(images))
+    finally:
         for module, was in training.items():
             module.training = was
-    return observed
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    outputs = vars(outputs) if is_dataclass(outputs) else outputs
+    parts = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple | list) else []
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def layout_at(model: nn.Module, place: str, observed: Observed, images: ImageSize) -> tuple[Layout, int | None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+MOST_BANDS = 32  # ours: a first convolution of as many channels or more is behind a rearrangement of the pixels
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -18,11 +19,14 @@ def stages(model: nn.Module) -> list[str]:
 
 
 def four_stages(model: nn.Module) -> list[str]:
-    """The last four; of a model whose stages all have one resolution, as ViT's blocks, the ends of its quarters."""
+    """The last four; of a model whose stages all have one resolution, as ViT's blocks, the ends of its quarters.
+
+    The last of those is the block before the last: what the patches are behind the last, a class token does not read.
+    """
     found = strides(model)
     names = list(found)
     if len(names) > 4 and len(set(found.values())) == 1:
-        return [names[len(names) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+        return [*(names[len(names) * quarter // 4 - 1] for quarter in (1, 2, 3)), names[-2]]
     return names[-4:]
 
 
@@ -84,7 +88,9 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     if not all(size):
         raise ValueError(f"{type(model).__name__}: does not say which images it takes; give input_size=(3, 224, 224)")
     convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-    channels = convolution.in_channels if convolution else config["input_size"][0]
+    channels = config.get("input_size", (3,))[0]
+    if convolution and convolution.in_channels < MOST_BANDS:
+        channels = convolution.in_channels
     return channels, *size
 
 

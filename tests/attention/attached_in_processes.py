@@ -14,7 +14,7 @@ from ssl_global.attention.attach import attach
 def model_with_attention():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", dynamic_img_size=True)
-    attached = attach(model, {"blocks.2": "non_local", "blocks.5": "cbam"})
+    attached = attach(model, {"blocks.2": "non_local", "blocks.4": "cbam"})
     with torch.no_grad():
         for one in attached.places.values():
             for gate in one.attention.gate_parameters():

@@ -20,7 +20,7 @@ from ssl_global.attention.places import four_stages, input_size_of, stages
 
 ROOT = Path(__file__).parents[2]
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 6), "img_size": 64}
-SMALL_VIT = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+SMALL_VIT = {"depth": 6, "embed_dim": 48, "num_heads": 3}
 
 # timm's file that a family is in: one of its models, made small where it can be
 FAMILIES = {
@@ -31,7 +31,7 @@ FAMILIES = {
     "densenet": ("densenet121", {"block_config": (2, 2, 2, 2)}),
     "edgenext": ("edgenext_xx_small", {}),
     "efficientnet": ("test_efficientnet", {}),
-    "eva": ("eva02_tiny_patch14_224", {"depth": 4}),
+    "eva": ("eva02_tiny_patch14_224", {"depth": 6}),
     "focalnet": ("focalnet_tiny_srf", {}),
     "gcvit": ("gcvit_xxtiny", {}),
     "hiera": ("hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 2, 1)}),
@@ -104,12 +104,12 @@ def test_any_family_takes_modules_and_gives_them_back(family, features_only):
     model = backbone(family, features_only=features_only)
     images, keys, hooks = images_for(model), list(model.state_dict()), num_hooks(model)
     before = outputs_of(model, images)
-    middle, last = four_stages(model)[-2:]
+    first, second, _ = four_stages(model)[-3:]
 
-    attached = attach(model, {middle: "position", last: ("se", {"ratio": 0.25})})
+    attached = attach(model, {first: "position", second: ("se", {"ratio": 0.25})})
     assert equal(outputs_of(model, images), before)
     assert [key for key in model.state_dict() if "attached" not in key] == keys
-    assert attached.gates() == {middle: 0.0, last: 0.0}
+    assert attached.gates() == {first: 0.0, second: 0.0}
     assert not model.training
 
     open_gates(attached)
@@ -163,7 +163,7 @@ def test_every_file_of_timm(file):
     before, keys = outputs_of(model, images), list(model.state_dict())
     refused = ""
     try:
-        attached = attach(model, {places[-1]: "position"})
+        attached = attach(model, {places[-2]: "position"})
     except ValueError as error:
         refused = str(error)
     if refused:
@@ -411,11 +411,26 @@ def test_what_is_no_single_map_is_refused():
         attach(model, {"stages.1": "se"})
 
 
+def test_a_place_whose_patches_nobody_reads_is_refused():
+    """The class token alone is read behind a ViT's last block; the mean of the patches is another matter."""
+    name, options = FAMILIES["vision_transformer"]
+    with pytest.raises(ValueError, match=r"blocks\.5: nothing behind it looks at the patches"):
+        attach(backbone("vision_transformer"), {"blocks.2": "se", "blocks.5": "se"})
+    attach(timm.create_model(name, **options, global_pool="avg"), {"blocks.5": "se"})
+    attach(backbone("vision_transformer", features_only=True), {"blocks.5": "se"})
+
+
 def test_a_module_that_never_runs_is_no_place():
     model = backbone("resnet")
     model.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match="spare: never called when the model looks at an image"):
         attach(model, {"spare": "se"})
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_channels_are_those_of_the_first_layer(channels):
+    assert input_size_of(timm.create_model("test_resnet", in_chans=channels)) == (channels, 160, 160)
+    assert input_size_of(timm.create_model("test_vit", in_chans=channels)) == (channels, 160, 160)
 
 
 def test_models_that_do_not_say_their_images_can_be_told():

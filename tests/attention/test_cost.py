@@ -230,7 +230,8 @@ def test_where_nothing_fits_it_says_what_would():
 
 
 def test_a_vits_stages_are_the_ends_of_its_quarters():
-    assert four_stages(timm.create_model("vit_tiny_patch16_224")) == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
+    """Of the last, the block before it: behind it a class token reads no patches."""
+    assert four_stages(timm.create_model("vit_tiny_patch16_224")) == ["blocks.2", "blocks.5", "blocks.8", "blocks.10"]
     assert four_stages(timm.create_model("resnet18")) == ["layer1", "layer2", "layer3", "layer4"]
     plan = recommend("dense", 24)
     with pytest.raises(ValueError, match="names no stages"):
