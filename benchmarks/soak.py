@@ -61,7 +61,7 @@ def run(
         begin = time.monotonic()
         with Loader(Indexed(source), order, recipe, images, micro_batch=BATCH).serving() as served:
             for number, batch in enumerate(served):
-                to_device(batch, data, torch.device("cpu"))
+                to_device(batch, recipe, torch.device("cpu"))
                 if (number + 1) * BATCH % max(samples // 20 // BATCH * BATCH, BATCH) == 0:
                     seen.append(((number + 1) * BATCH, resident_bytes() / MEGABYTE))
         seconds = time.monotonic() - begin

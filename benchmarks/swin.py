@@ -299,6 +299,7 @@ class Step:
         self.batch: Batch = {
             "views": [torch.randn(images, recipe.data.channels, side, side, device=device) for side in sides],
             "seed": torch.arange(images, device=device),
+            "seeds": list(range(images)),
             "key": [""] * images,
             "label": torch.full((images,), -1, device=device),
         }

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from ssl_global.attention.attach import Chosen, attach, name_of, parse
+from ssl_global.attention.attach import attach, placed
 from ssl_global.attention.cost import Precision, cost, named
-from ssl_global.attention.places import four_stages, input_size_of
+from ssl_global.attention.places import input_size_of
 from ssl_global.attention.recommend import recommend
 from ssl_global.command_line import find, show_any_name
 from ssl_global.data.doctor import advice, diagnose
@@ -237,20 +237,6 @@ def plan(
     print(shown)
     if json_file:
         json_file.write_text(json.dumps({"backbone": backbone, **found}, indent=2) + "\n")
-
-
-def placed(model: torch.nn.Module, attention: Sequence[str]) -> dict[str, Chosen]:
-    """Modules as the command line says them, by their places."""
-    chosen: dict[str, Chosen] = {}
-    for text in attention:
-        place, module = parse(text)
-        if place is None and len(four_stages(model)) < 2:
-            raise UserError(f"--attention {text}: the model names no stages; PLACE={text} would be right")
-        place = place or four_stages(model)[-2]
-        if place in chosen:
-            raise UserError(f"--attention {text}: {name_of(chosen[place])} has {place} already")
-        chosen[place] = module
-    return chosen
 
 
 def planned_model(name: str) -> torch.nn.Module:

@@ -11,9 +11,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 import torch.distributed as dist
 import tyro
@@ -44,22 +44,37 @@ class Command:
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers, as Accelerate names them: tensorboard, wandb, mlflow, ...
     settings: Annotated[Recipe, tyro.conf.arg(name="")]
 
+    program: ClassVar[str] = "pretrain.py"
+    usual_recipe: ClassVar[str | None] = None  # without --recipe
 
-def parse(argv: Sequence[str]) -> tuple[Command, dict[str, object]]:
+    @classmethod
+    def function(cls, argv: list[str]) -> str:
+        """Of the recipe's file, unless --recipe names one."""
+        return "demo" if option(argv, "--data") is None else "recipe"
+
+    def filled_in(self) -> Self:
+        """With what options of the job's own mean for the settings."""
+        return self
+
+
+AnyCommand = TypeVar("AnyCommand", bound=Command)
+
+
+def parse(argv: Sequence[str], kind: type[AnyCommand]) -> tuple[AnyCommand, dict[str, object]]:
     """The command and the recipe's own values of the fields that it changes. Raises UserError; exits 0 after --help."""
     argv = list(argv)
-    spec = option(argv, "--recipe") or (next(iter(recipe_files())) if {"-h", "--help"} & set(argv) else None)
+    spec = option(argv, "--recipe") or kind.usual_recipe
+    if spec is None and {"-h", "--help"} & set(argv):
+        spec = next(iter(recipe_files()))
     if spec is None:
         raise UserError(f"--recipe is missing: one of {', '.join(recipe_files())}, or a path to a .py file")
-    has_data = option(argv, "--data") is not None
-    path, function, build = find(spec, default="recipe" if has_data else "demo")
+    path, function, build = find(spec, default=kind.function(argv))
     recipe = build()
     if not isinstance(recipe, Recipe):
         raise UserError(f"{path}: {function}() returns a {type(recipe).__name__}; a Recipe would be right")
-    default = Command(recipe=f"{path.stem}:{function}", out=Path("runs") / path.stem, settings=one_length(recipe, argv))
+    default = kind(recipe=f"{path.stem}:{function}", out=Path("runs") / path.stem, settings=one_length(recipe, argv))
     refuse_unknown(argv, default)
-    command = tyro_parse(argv, default)
-    command = replace(command, recipe=default.recipe)
+    command = replace(tyro_parse(argv, default), recipe=default.recipe).filled_in()
     command.settings.check()
     for name in ("timeout", "grace"):
         seconds = getattr(command, name)
@@ -126,7 +141,7 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def refuse_unknown(argv: list[str], default: Command) -> None:
-    own = [name for name in Command.__dataclass_fields__ if name != "settings"]
+    own = [field.name for field in fields(default) if field.name != "settings"]
     known = {f"--{name}".replace("_", "-") for name in (*own, *flatten(default.settings))}
     switches = [name for name, value in flatten(default.settings).items() if isinstance(value, bool)]
     known |= {"--help"} | {off(name) for name in ("fresh", "print", *switches)}
@@ -151,12 +166,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-def tyro_parse(argv: list[str], default: Command) -> Command:
+def tyro_parse(argv: list[str], default: AnyCommand) -> AnyCommand:
     """tyro, with the first paragraph of its report as one line."""
     report = io.StringIO()
     try:
         with contextlib.redirect_stderr(report):
-            return tyro.cli(Command, default=default, args=argv, prog="pretrain.py", description=Command.__doc__)
+            kind = type(default)
+            return tyro.cli(kind, default=default, args=argv, prog=kind.program, description=kind.__doc__)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -185,11 +201,13 @@ def show_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def main(job: Callable[[Command, dict[str, object]], None], argv: Sequence[str] | None = None) -> None:
+def main(
+    kind: type[AnyCommand], job: Callable[[AnyCommand, dict[str, object]], None], argv: Sequence[str] | None = None
+) -> None:
     """Parse, run, and turn a UserError into one line, from one process of each machine, and exit code 2."""
     show_any_name()
     try:
-        command, overridden = parse(sys.argv[1:] if argv is None else argv)
+        command, overridden = parse(sys.argv[1:] if argv is None else argv, kind)
         job(command, overridden)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":

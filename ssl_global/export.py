@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssl_global.attention.attach import Attachment, attach
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
 from ssl_global.recipe import Data, Recipe, as_json
@@ -79,9 +80,11 @@ def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
     own: dict[str, Any] = encoder.model.pretrained_cfg  # type: ignore[assignment]
     return {
         "architecture": encoder.architecture,
-        "num_classes": 0,
+        "num_classes": encoder.num_classes,
         "num_features": encoder.width,
         "model_args": encoder.model_args,
+        **({"label_names": list(encoder.classes)} if encoder.classes else {}),
+        **({"attention": attention} if (attention := Attachment(encoder.model).modules) else {}),
         "pretrained_cfg": {
             "input_size": [encoder.channels, encoder.pixels, encoder.pixels],
             "fixed_input_size": False,
@@ -90,7 +93,7 @@ def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(data.normalisation[0]),
             "std": list(data.normalisation[1]),
-            "num_classes": 0,
+            "num_classes": encoder.num_classes,
             "first_conv": own.get("first_conv"),  # timm's to adapt to other channels
             "classifier": own.get("classifier"),  # timm's to leave out of the weights
         },
@@ -109,9 +112,12 @@ def prove(encoder: Encoder, folder: Path) -> int:
     size = (2, encoder.channels, encoder.pixels, encoder.pixels)
     batch = torch.randn(size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = (model(batch) - encoder.encode(batch).summary).abs().max().item()
+        ours = encoder.model(batch) if encoder.num_classes else encoder.encode(batch).summary
+        difference = (model(batch) - ours).abs().max().item()
         if difference != 0:
-            raise RuntimeError(f"export: timm's model says something else of the same images, by {difference:.2g}")
+            raise RuntimeError(f"export: the loaded model says something else of the same images, by {difference:.2g}")
+        if Attachment(encoder.model).places:
+            return len(expected)
         # The last stage only: by default timm asks for three or more, which a small model may not have.
         stages = load(folder, features_only=True, out_indices=[-1])(batch)
     if len(stages) != 1 or not stages[0].isfinite().all():
@@ -120,7 +126,21 @@ def prove(encoder: Encoder, folder: Path) -> int:
 
 
 def load(folder: Path, **options: Any) -> torch.nn.Module:
-    model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    """An export's model, in eval mode: as timm loads it, and with its attention modules, which timm does not know.
+
+    options  of timm.create_model; for a model with attention modules there are none
+    """
+    folder = Path(folder)
+    found = json.loads((folder / "config.json").read_text())
+    if not found.get("attention"):
+        model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+        return model.eval()
+    if options:
+        raise ValueError(f"{folder}: has attention modules: it is loaded as it is, without {', '.join(options)}")
+    model = timm.create_model(found["architecture"], num_classes=found["num_classes"], **found["model_args"])
+    size = tuple(found["pretrained_cfg"]["input_size"])
+    attach(model, {place: tuple(chosen) for place, chosen in found["attention"].items()}, input_size=size)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
 
@@ -146,39 +166,28 @@ def model_card(
     numbers = as_json(recipe)
     figures = {name: value for name, value in summary.items() if isinstance(value, str | int | float)}
     method, size = str(numbers["method.kind"]).upper(), f"{encoder.pixels} x {encoder.pixels}"
-    ours = type(encoder.model).__module__.startswith("ssl_global.")
-    register = "import ssl_global  # timm knows the architecture from here on\n" if ours else ""
+    tuned = bool(encoder.classes)
+    title = f"fine-tuned for {encoder.num_classes} classes" if tuned else "pretrained without labels"
+    gives = f"{encoder.num_classes} logits" if tuned else f"{encoder.width} features"
+    patches = f",\npatches of {encoder.patch} pixels; other image sizes work too." if encoder.patch else "."
+    attention = ", ".join(f"{name} after {place}" for place, (name, _) in attached(encoder).items())
+    with_attention = f"\n\nAttention modules: {attention}." if attention else ""
     return f"""---
 library_name: timm
 tags:
-- image-feature-extraction
+- {"image-classification" if tuned else "image-feature-extraction"}
 - timm
-- self-supervised
+{"" if tuned else "- self-supervised"}
 ---
-# {run}: {encoder.architecture}, pretrained without labels
+# {run}: {encoder.architecture}, {title}
 
-The {what} of a {method} run. {encoder.channels} x {size} pixels in, {encoder.width} features out,
-patches of {encoder.patch} pixels; other image sizes work too.
+The {what} of a {method} run. {encoder.channels} x {size} pixels in, {gives} out{patches}{with_attention}
 
-When it was written timm loaded it again: {num_tensors} of {num_tensors} tensors, the same features bit for bit.
+When it was written it was loaded again: {num_tensors} of {num_tensors} tensors, the same answers bit for bit.
 
 ## Load
 
-```python
-{register}import timm
-
-name = "local-dir:PATH/OF/THIS/FOLDER"
-model = timm.create_model(name, pretrained=True)  # images -> (B, {encoder.width})
-model = timm.create_model(name, pretrained=True, num_classes=10)  # with a new head
-model = timm.create_model(name, pretrained=True, features_only=True, out_indices=[-1])  # feature maps
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-```python
-{register}from transformers import AutoModel
-
-model = AutoModel.from_pretrained("PATH/OF/THIS/FOLDER")  # .pooler_output: (B, {encoder.width})
-```
+{how_to_load(encoder)}
 
 ## Figures
 
@@ -192,6 +201,46 @@ Channels, in 0..1, are normalised with mean {list(recipe.data.mean)} and deviati
 
 {table("field", numbers)}
 """
+
+
+def attached(encoder: Encoder) -> dict[str, Any]:
+    return dict(Attachment(encoder.model).modules)
+
+
+def how_to_load(encoder: Encoder) -> str:
+    ours = type(encoder.model).__module__.startswith("ssl_global.")
+    register = "import ssl_global  # timm knows the architecture from here on\n" if ours else ""
+    transform = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+    if attached(encoder):
+        return f"""```python
+import timm
+from ssl_global.export import load
+
+model = load("PATH/OF/THIS/FOLDER")  # with its attention modules, which timm does not know
+{transform}
+```"""
+    if encoder.classes:
+        return f"""```python
+{register}import timm
+
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True)  # images -> (B, {encoder.num_classes})
+{transform}
+```"""
+    return f"""```python
+{register}import timm
+
+name = "local-dir:PATH/OF/THIS/FOLDER"
+model = timm.create_model(name, pretrained=True)  # images -> (B, {encoder.width})
+model = timm.create_model(name, pretrained=True, num_classes=10)  # with a new head
+model = timm.create_model(name, pretrained=True, features_only=True, out_indices=[-1])  # feature maps
+{transform}
+```
+
+```python
+{register}from transformers import AutoModel
+
+model = AutoModel.from_pretrained("PATH/OF/THIS/FOLDER")  # .pooler_output: (B, {encoder.width})
+```"""
 
 
 def table(head: str, rows: dict[str, Any]) -> str:

@@ -9,12 +9,15 @@ Where the data lies and where the results go are not part of a recipe: they are 
 
 import importlib
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ssl_global.errors import UserError, wrong
 
+HERE = Path(__file__).resolve().parent
 MAX_PIXELS = 128 * 2**20  # 11 585 x 11 585 (ours): satellite tiles pass
 MOST_PIXELS = 178_956_970  # Pillow's own refusal
 
@@ -92,6 +95,8 @@ class Crops:
     grey: float = 0.0  # probability
     blur: tuple[float, ...] = (0.0,)  # probability: one for all crops, or one for each
     solarize: tuple[float, ...] = (0.0,)  # probability: one for all crops, or one for each
+    augment: str = ""  # RandAugment as timm writes it, "rand-m9-mstd0.5-inc1"; holds Python's lock: data.worker_kind
+    erase: float = 0.0  # probability that a box of a fiftieth to a third of the crop becomes noise (Zhong et al. 2017)
 
     def check(self, name: str) -> None:
         if self.pixels < 2:  # torch's uint8 resize cannot make 1 x 1
@@ -99,7 +104,11 @@ class Crops:
         low, high = self.area
         if not 0 < low <= high <= 1:
             raise wrong(f"{name}.area", self.area, "two shares of the image, 0 < smallest <= largest <= 1")
-        for probability in ("flip", "jitter", "grey"):
+        if self.augment and not re.fullmatch(r"rand(-(m|n|p|mstd|mmax|inc)[\d.]+)*", self.augment):
+            raise wrong(
+                f"{name}.augment", self.augment, "timm's words would be right, as rand-m9-mstd0.5-inc1, or none"
+            )
+        for probability in ("flip", "jitter", "grey", "erase"):
             in_range(f"{name}.{probability}", getattr(self, probability), 0, 1)
         for factor in ("brightness", "contrast", "saturation"):
             in_range(f"{name}.{factor}", getattr(self, factor), 0, 1)
@@ -163,6 +172,10 @@ class MethodConfig:
 
     def check_durations(self, epochs: float) -> None:
         """Refuses a warm-up or the like that outlasts the run; `epochs` is the run's length."""
+
+    def images_together(self) -> int:
+        """How many images of a batch must not be parted from each other: a process takes multiples of it."""
+        return 1
 
     def build(self, recipe: "Recipe") -> "Method":
         raise NotImplementedError
@@ -400,14 +413,15 @@ def is_a(value: Any, kind: Any) -> bool:
 
 
 def config_class(part: str, kind: str) -> type:
-    """The settings' class in ssl_global/encoders/KIND.py or ssl_global/methods/KIND.py."""
+    """The settings' class in ssl_global/encoders/KIND.py, or ssl_global/methods/KIND.py or finetuning/KIND.py."""
     base = {"encoder": EncoderConfig, "method": MethodConfig}[part]
     if not (isinstance(kind, str) and kind.isidentifier()):
         raise wrong(f"{part}.kind", kind, f"the name of a file in ssl_global/{part}s")
-    try:
-        module = importlib.import_module(f"ssl_global.{part}s.{kind}")
-    except ModuleNotFoundError as error:
-        raise wrong(f"{part}.kind", kind, f"there is no ssl_global/{part}s/{kind}.py here") from error
+    rooms = {"encoder": ("encoders",), "method": ("methods", "finetuning")}[part]
+    room = next((room for room in rooms if (HERE / room / f"{kind}.py").is_file()), None)
+    if room is None:
+        raise wrong(f"{part}.kind", kind, f"there is no ssl_global/{rooms[0]}/{kind}.py here")
+    module = importlib.import_module(f"ssl_global.{room}.{kind}")
     settings = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
     if not settings:
         raise wrong(f"{part}.kind", kind, f"there are no settings of {part}s in that file")

@@ -310,7 +310,7 @@ def test_plan_recommends(tmp_path, capsys):
         (["resnet5"], "ssl-global: resnet5: no model of timm; the nearest are resnet"),
         (["test_resnet", "--attention", "layer7=se"], "ssl-global: layer7: not in this ResNet; its stages are"),
         (["test_resnet", "--attention", "se(3)"], "ssl-global: attention 'se(3)': MODULE, PLACE=MODULE or"),
-        (["test_resnet", "--attention", "se", "gca"], "ssl-global: --attention gca: se has layer3 already"),
+        (["test_resnet", "--attention", "se", "gca"], "ssl-global: gca: se has layer3 already"),
         (["test_resnet", "--task", "dense"], "ssl-global: --task and --memory-gb go together"),
         (["test_resnet", "--task", "dense", "--memory-gb", "9", "--attention", "se"], "one of them"),
         (["test_vit", "--pixels", "100"], "ssl-global: VisionTransformer: takes no images of (3, 100, 100)"),

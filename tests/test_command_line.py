@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ssl_global.command_line import main, parse
+from ssl_global.command_line import Command, main, parse
 from ssl_global.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
 WRONG = [
-    ("", "--recipe is missing: one of dino, dino_swin, mae, mae_swin"),
+    ("", "--recipe is missing: one of dino, dino_swin, finetune, mae, mae_swin"),
     ("--recipe dno", "--recipe dno: no recipe of that name, did you mean dino?"),
     ("--recipe nowhere.py", "there is no file nowhere.py"),
     ("--recipe dino:small", "has no function small(); recipe() and demo() are usual"),
@@ -70,7 +70,7 @@ WRONG = [
 @pytest.mark.parametrize(("words", "message"), WRONG, ids=[words for words, _ in WRONG])
 def test_wrong_input_is_one_line(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(lambda command, overridden: pytest.fail("it should not have come to a run"), words.split())
+        main(Command, lambda command, overridden: pytest.fail("it should not have come to a run"), words.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ")
@@ -95,7 +95,7 @@ def test_a_wrong_recipe_file_is_named(text, message, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(UserError) as refusal:
-        parse(["--recipe", str(file)])
+        parse(["--recipe", str(file)], Command)
     assert str(file) in str(refusal.value)
     assert message in str(refusal.value)
 
@@ -121,7 +121,7 @@ def test_as_a_process_with_code_2_and_nothing_left_behind(words, message, tmp_pa
 
 def test_help_lists_every_field_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(["--recipe", "dino", "--help"])
+        parse(["--recipe", "dino", "--help"], Command)
     assert stop.value.code == 0
     said = capsys.readouterr().out
     for words in ("--optim.lr-per-256-images", "--views.locals.area", "divides the student's logits"):
@@ -130,20 +130,21 @@ def test_help_lists_every_field_with_its_meaning(capsys):
 
 def test_what_was_changed_is_reported_and_lengths_exclude_each_other():
     command, overridden = parse(
-        ["--recipe", "dino", *["--train.steps=7", "--method.student_temp", "0.2", "--data", "some/", "--seed=3"]]
+        ["--recipe", "dino", *["--train.steps=7", "--method.student_temp", "0.2", "--data", "some/", "--seed=3"]],
+        Command,
     )
     assert overridden.keys() == {"train.steps", "train.epochs", "method.student_temp", "seed"}
     assert command.recipe == "dino:recipe"
     assert (command.settings.train.steps, command.settings.train.epochs) == (7, None)
-    assert parse(["--recipe", "dino:recipe", "--train.epochs", "20"])[0].settings.train.steps is None
-    assert parse(["--recipe", "mae"])[0].recipe == "mae:demo"
-    assert parse(["--recipe", "mae", "--train.compile", "--eval.no-linear"])[0].settings.train.compile
-    assert str(parse(["--recipe", "mae"])[0].out) == "runs/mae"
+    assert parse(["--recipe", "dino:recipe", "--train.epochs", "20"], Command)[0].settings.train.steps is None
+    assert parse(["--recipe", "mae"], Command)[0].recipe == "mae:demo"
+    assert parse(["--recipe", "mae", "--train.compile", "--eval.no-linear"], Command)[0].settings.train.compile
+    assert str(parse(["--recipe", "mae"], Command)[0].out) == "runs/mae"
 
 
 def test_dashes_and_underscores_are_one_spelling():
     dashes, underscores = (
-        parse(["--recipe", "dino", f"--train.global{mark}batch=32", f"--optim.warmup{mark}epochs", "2"])
+        parse(["--recipe", "dino", f"--train.global{mark}batch=32", f"--optim.warmup{mark}epochs", "2"], Command)
         for mark in "-_"
     )
     assert dashes == underscores

@@ -185,7 +185,7 @@ def test_the_commands_that_a_file_shows_are_right(file, monkeypatch):
             given = [f"--{name.lower()}={value}" for name, value in variables.items()]
             program = ["pretrain.py", *given, *words[words.index(name) + 1 :]]
         assert program[0] == "pretrain.py"
-        command, _ = command_line.parse(program[1:])
+        command, _ = command_line.parse(program[1:], command_line.Command)
         assert command.recipe == "dino:recipe"
         assert command.out.parts[-2] == "runs"
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.run import get_args_parser
 
 from ssl_global import cli, pretrain
-from ssl_global.command_line import parse
+from ssl_global.command_line import Command, parse
 from ssl_global.data.sample import photograph
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_every_run_is_well_formed(job):
     else:
         assert launcher == ["python", "pretrain.py"]
     if "--help" not in words:
-        parse(words)
+        parse(words, Command)
 
 
 def test_the_first_command_runs_through_accelerate_and_leaves_what_readme_says(desk, said_by_the_first):
@@ -149,7 +149,7 @@ def test_every_other_run_runs(job, desk, capsys):
         pretrain.main(words)
         assert "(recipe: " in capsys.readouterr().out
     else:
-        out = parse(words)[0].out
+        out = parse(words, Command)[0].out
         place = desk / "runs" / "installed" if out == Path("runs/dino") else out  # the first command's stays
         _, words = launcher_and_job(shlex.join(short(job)))
         pretrain.main([*words, f"--out={place}", "--log-with"])

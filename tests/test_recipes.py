@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from recipes_under_test import FUNCTIONS, load_recipe
 
-from ssl_global.command_line import parse, recipe_files
+from ssl_global.command_line import Command, parse, recipe_files
 from ssl_global.recipe import as_json, from_json
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def test_a_recipe_holds_together_and_survives_json(name, function):
     recipe = load_recipe(name, function)
     recipe.check()
     assert from_json(json.loads(json.dumps(as_json(recipe)))) == recipe
-    command, overridden = parse(["--recipe", f"{name}:{function}"])
+    command, overridden = parse(["--recipe", f"{name}:{function}"], Command)
     assert command.settings == recipe
     assert overridden == {}
 
@@ -33,7 +33,8 @@ def test_a_recipe_holds_together_and_survives_json(name, function):
 @pytest.mark.parametrize("name", list(recipe_files()))
 def test_a_recipe_says_what_how_and_where_its_numbers_are_from(name):
     head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
-    for words in ("accelerate launch pretrain.py --recipe", "Expect", "Numbers", "https://arxiv.org/abs/"):
+    job = "finetune.py" if name == "finetune" else f"pretrain.py --recipe {name}"
+    for words in (f"accelerate launch {job}", "Expect", "Numbers", "https://arxiv.org/abs/"):
         assert words in head, words
 
 
@@ -44,7 +45,7 @@ def test_options_that_a_recipe_offers_go_with_it(name):
     offers = [line.split() for line in head.splitlines() if line.startswith("    --")]
     assert len(offers) == {"mae_swin": 2, "dino_swin": 1}.get(name, 0)
     for words in offers:
-        command, _ = parse(["--recipe", f"{name}:recipe", *words])
+        command, _ = parse(["--recipe", f"{name}:recipe", *words], Command)
         command.settings.check()
 
 

@@ -1375,6 +1375,7 @@ ALLOWED = {
     ("ssl_global/command_line.py", "module_spec.loader.exec_module"),  # a .py recipe: the one exception, see --help
     ("ssl_global/recipe.py", "importlib.import_module"),  # of this package's own encoders and methods
     ("ssl_global/attention/__init__.py", "importlib.import_module"),  # of the modules beside it, by names()
+    ("ssl_global/finetuning/heads/__init__.py", "importlib.import_module"),  # of the heads beside it, by names()
     ("benchmarks/__main__.py", "importlib.import_module"),  # of the benchmarks beside it
 }
 

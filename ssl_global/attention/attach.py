@@ -15,7 +15,7 @@ were. What runs it is a forward hook, so nothing of the model's code or structur
 """
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from ssl_global.attention import build
 from ssl_global.attention.base import Attention
 from ssl_global.attention.cost import Precision, Report, cost, zeros_for
 from ssl_global.attention.layout import ImageSize, Layout, Observed, Patches, in_evaluation, laid_as, layout_at, observe
-from ssl_global.attention.places import find, host_of, input_size_of, listed, stages
+from ssl_global.attention.places import find, four_stages, host_of, input_size_of, listed, stages
 
 Chosen = str | tuple[str, Mapping[str, Any]]  # a module's name, or its name and options
 
@@ -124,7 +124,7 @@ def attach(
         attached_to(model, place, *wanted[place], path, observed, size)
         for place, path in zip(wanted, targets, strict=True)
     ]
-    for one, target in zip(attached, targets.values(), strict=True):
+    for one, target in zip(attached, targets.values(), strict=True) if not images.is_meta else ():
         refuse_unread(model, one, target, observed)
     for one in attached:
         one.to(images.device, images.dtype).train(model.training).stand_in(model)
@@ -312,6 +312,23 @@ def parse(text: str) -> tuple[str | None, Chosen]:
         right = "MODULE, PLACE=MODULE or 'PLACE=MODULE(option=value)'"
         raise ValueError(f"attention {text!r}: {right} would be right") from None
     return (place.strip() if equals else None), (name, options) if options else name
+
+
+def placed(model: nn.Module, texts: Sequence[str]) -> dict[str, Chosen]:
+    """Modules as a command line says them, by their places; by default after the last stage but one.
+
+    Raises ValueError for what cannot be read, and for two at one place.
+    """
+    chosen: dict[str, Chosen] = {}
+    for text in texts:
+        place, module = parse(text)
+        if place is None and len(four_stages(model)) < 2:
+            raise ValueError(f"{text}: the model names no stages; PLACE={text} would be right")
+        place = place or four_stages(model)[-2]
+        if place in chosen:
+            raise ValueError(f"{text}: {name_of(chosen[place])} has {place} already")
+        chosen[place] = module
+    return chosen
 
 
 def name_of(chosen: Chosen) -> str:

@@ -24,10 +24,10 @@ from ssl_global.data.decode import BadImage, Encoded, look
 from ssl_global.data.order import Order
 from ssl_global.data.randomness import VIEWS, stream
 from ssl_global.data.source import Source, counted
-from ssl_global.data.views import Drawn, cut, cut_shrunk, draw, paint, shrink_of
+from ssl_global.data.views import Drawn, augment, cut, cut_shrunk, draw, erase, paint, shrink_of
 from ssl_global.data.workers import Submit, num_workers, workers
 from ssl_global.errors import UserError
-from ssl_global.recipe import Crops, Data, Recipe
+from ssl_global.recipe import Crops, Recipe
 
 REPLACEMENTS = 8  # samples tried in place of a bad one before the data as a whole is called bad (ours)
 AHEAD = 2  # micro-batches that wait, ready or in the making, beside the one in use (ours)
@@ -121,6 +121,10 @@ class Decoder:
         image = look(data, self.data.channels, self.data.max_pixels)
         drawn = self.draw(image.size, task, filled)
         self.cut(image, drawn, task)
+        for kind, into in zip(self.kinds, self.ring[task.slot], strict=True):
+            if kind.augment:
+                for row, seed in enumerate(filled.seeds, start=task.row):
+                    augment(into[row], kind.augment, self.data.normalisation[0], seed)
         return filled
 
     def draw(self, size: tuple[int, int], task: Task, filled: Filled) -> list[list[Drawn]]:
@@ -265,14 +269,20 @@ def ahead_on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[
         yield ready
 
 
-def to_device(batch: Batch, data: Data, device: torch.device) -> Batch:
+def to_device(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
     """A loaded batch as a method wants it: painted, normalised views on the device."""
     views: list[Tensor] = []
-    for crops, colours in zip(batch["crops"], batch["colours"], strict=True):
-        views += paint(crops.to(device, non_blocking=True), colours, *data.normalisation)
+    seeds = batch["seed"].tolist()
+    for kind, crops, colours in zip(recipe.views.groups().values(), batch["crops"], batch["colours"], strict=True):
+        painted = paint(crops.to(device, non_blocking=True), colours, *recipe.data.normalisation)
+        if kind.erase:
+            for view in painted:
+                erase(view, kind.erase, seeds)
+        views += painted
     return {
         "views": views,
         "seed": batch["seed"].to(device, non_blocking=True),
+        "seeds": seeds,
         "label": batch["label"].to(device, non_blocking=True),
         "key": batch["key"],
     }

@@ -1,9 +1,11 @@
 """The views of an image: what is drawn, what is cut on the CPU, and what is painted on the device.
 
-    draw   all random numbers of a sample, from its own stream: the boxes, and a row of numbers for each crop's colours;
-           this needs the image's size only, so it comes before the image is decoded
-    cut    decoded image -> uint8 crops, resized with antialias and flipped, into a buffer that is used again
-    paint  uint8 crops -> float views: colour jitter, grey, blur, solarize, normalise (batched, where the model is)
+    draw     all random numbers of a sample, from its own stream: the boxes, and a row of numbers for each crop's
+             colours; this needs the image's size only, so it comes before the image is decoded
+    cut      decoded image -> uint8 crops, resized with antialias and flipped, into a buffer that is used again
+    augment  for recipes that learn from labels: timm's RandAugment of the uint8 crops, from the sample's own seed
+    paint    uint8 crops -> float views: colour jitter, grey, blur, solarize, normalise (batched, where the model is)
+    erase    for recipes that learn from labels: timm's random erasing of the float views, from the sample's own seed
 
 Boxes are drawn as Inception and torchvision do; the colours follow DINO's main_dino.py: jitter with its four operations
 in random order, then grey, blur, solarize. Resizing is torch's bicubic on uint8: few bytes differ from PIL's, by 1.
@@ -22,9 +24,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from ssl_global.data.randomness import seeded
 from ssl_global.recipe import Crops
+
+# Of timm: a box of a random place, size and shape, filled with noise, drawn on the CPU so that any device has the same.
+ERASE = {"mode": "pixel", "device": "cpu"}
 
 # The columns of a crop's row of colour numbers.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARIZE = range(8)
@@ -116,6 +124,21 @@ def cut(image: Tensor, drawn: Drawn, out: Tensor) -> None:
         view.copy_(crop.flip(-1) if flip else crop)
 
 
+def augment(crops: Tensor, operations: str, mean: tuple[float, ...], seed: int) -> None:
+    """uint8 (count, C, H, W) of one image, in place: timm's RandAugment of each. What it uncovers gets the data's mean.
+
+    operations  as `Crops.augment`
+    """
+    grey_or_colour = tuple(round(255 * value) for value in mean)
+    transform = rand_augment_transform(
+        operations, {"img_mean": grey_or_colour, "interpolation": Image.Resampling.BICUBIC}
+    )
+    with seeded(seed):
+        for crop in crops:
+            changed = torch.from_numpy(np.array(transform(Image.fromarray(crop.permute(1, 2, 0).numpy()))))
+            crop.copy_(changed.permute(2, 0, 1))
+
+
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (C, H, W) -> uint8 (C, *size): bicubic, with antialias."""
     # The vector code reads pixels in a row, channels side by side; of anything else torch makes a slower copy itself.
@@ -177,6 +200,14 @@ def paint(crops: Tensor, colours: Tensor, mean: tuple[float, ...], std: tuple[fl
     paint_colours(x.div_(255), colours.transpose(0, 1).flatten(0, 1))  # (count * B, C, H, W), view by view
     x.sub_(x.new_tensor(mean)[:, None, None]).div_(x.new_tensor(std)[:, None, None])
     return list(x.view(count, num_images, *x.shape[1:]).unbind(0))
+
+
+def erase(x: Tensor, probability: float, seeds: list[int]) -> None:
+    """float (B, C, H, W), normalised, in place: each image by its own seed."""
+    eraser = RandomErasing(probability, **ERASE)
+    for image, seed in zip(x, seeds, strict=True):
+        with seeded(seed):
+            eraser(image)
 
 
 def paint_colours(x: Tensor, colours: Tensor) -> None:

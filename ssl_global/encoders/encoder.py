@@ -35,6 +35,11 @@ class Encoder(nn.Module):
     first_width: int  # of what a patch is embedded in; a pyramid's first stage
     patch: int  # side, in pixels, of what one of `Tokens.patches` stands for
     num_globals: int = 0  # of Tokens.globals
+    classes: tuple[str, ...] = ()  # that `model` itself tells apart, when it was fine-tuned
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     def encode(
         self,

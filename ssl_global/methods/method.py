@@ -1,11 +1,14 @@
 """What the loop asks of every method, and nothing more: the loop knows no teacher, no mask and no label."""
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.schedules import Progress
+
+if TYPE_CHECKING:
+    from ssl_global.recipe import Recipe
 
 
 class Batch(TypedDict):
@@ -13,8 +16,17 @@ class Batch(TypedDict):
 
     views: list[Tensor]  # float (B, C, H, W), normalised, global views first
     seed: Tensor  # int64 (B,): a function of the run's seed, the epoch and the sample, on the device
+    seeds: list[int]  # the same on the CPU
     key: list[str]  # names of the samples
     label: Tensor  # int64 (B,); -1 where there is none
+
+
+class ParameterGroup(TypedDict):
+    """Parameters that learn alike."""
+
+    params: list[nn.Parameter]
+    decays: bool  # whether weight decay is for them
+    lr_scale: float  # their learning rate is the step's times this
 
 
 class Method(nn.Module):
@@ -37,6 +49,18 @@ class Method(nn.Module):
 
     def after_step(self, progress: Progress) -> None:
         """After the optimizer: the place of moving averages."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """All that learns: matrices decay, biases, norms and other 1-D parameters do not."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in learning if p.ndim > 1], "decays": True, "lr_scale": 1.0},
+            {"params": [p for p in learning if p.ndim <= 1], "decays": False, "lr_scale": 1.0},
+        ]
+
+    def new_backbone(self, recipe: "Recipe") -> Encoder:
+        """One more of those that `backbones` has, with the same tensors, untrained."""
+        return recipe.encoder.build(recipe)
 
     def backbones(self) -> dict[str, Encoder]:
         """The encoders by name, the one to judge and to export first."""

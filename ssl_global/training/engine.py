@@ -141,7 +141,7 @@ def whole_backbone(method: Method, recipe: Recipe, device: torch.device) -> Enco
     tensors = encoder.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return encoder
-    copy = recipe.encoder.build(recipe).to(device)
+    copy = method.new_backbone(recipe).to(device)
     own = copy.state_dict()
     for key, tensor in tensors.items():
         own[key].copy_(whole(tensor))

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_global.data.loader import to_device
 from ssl_global.data.randomness import STEP, stream
-from ssl_global.evaluation.judge import Judge
+from ssl_global.encoders.encoder import Encoder
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
@@ -29,6 +29,16 @@ from ssl_global.training.optim import set_rates
 from ssl_global.training.plan import Plan
 from ssl_global.training.progress import Display
 from ssl_global.training.watch import Watch
+
+
+class Figures(Protocol):
+    """Judges a method's backbone, as evaluation.judge.Judge does."""
+
+    def baselines(self, encoder: Encoder) -> dict[str, float]: ...
+    def evaluate(self, encoder: Encoder, *, final: bool) -> dict[str, float]: ...
+    def verdicts(self) -> list[str]: ...
+    def note(self, metrics: dict[str, float]) -> None: ...
+
 
 Ending = Literal["done", "stopped", "diverged"]
 
@@ -45,7 +55,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     bare_optimizer: torch.optim.Optimizer  # the same without Accelerate's wrapping, for checkpoints
     state: RunState
-    judge: Judge
+    judge: Figures
     log: MetricsLog
     display: Display
     bad_samples: BadSamples
@@ -87,7 +97,7 @@ def train(run: Run) -> Ending:
             run.bad_samples.see(loaded["bad"], loaded["lost"])
             last = part == plan.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-                batch = to_device(loaded, recipe.data, accelerator.device)
+                batch = to_device(loaded, recipe, accelerator.device)
                 with precision(accelerator, recipe):
                     output = run.model(batch, progress)
                 accelerator.backward(output["loss"] / plan.accumulate)

@@ -1,21 +1,19 @@
 """AdamW over what learns, its rates set from the step: there is no scheduler whose state could be lost."""
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.optim import AdamW
 
+from ssl_global.methods.method import Method
 from ssl_global.recipe import Optim
 from ssl_global.schedules import Progress, cosine, warmup_cosine
 
 
-def build_optimizer(method: nn.Module, optim: Optim) -> AdamW:
-    """Two groups: matrices decay, biases, norms and other 1-D parameters do not. Fused where the device can."""
-    learning = [p for p in method.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "decays": True},
-        {"params": [p for p in learning if p.ndim <= 1], "decays": False},
-    ]
-    fused = learning[0].device.type in ("cpu", "cuda", "mps")
+def build_optimizer(method: Method, optim: Optim) -> AdamW:
+    """Groups as the method has them. Fused where the device can."""
+    groups: list[dict[str, Any]] = [{**group} for group in method.parameter_groups()]
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps")
     return AdamW(groups, lr=0.0, betas=optim.betas, fused=fused)
 
 
@@ -25,10 +23,10 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, optim: Optim, global_batch: int, progress: Progress) -> float:
-    """Set learning rate and weight decay for the coming step; returns the learning rate."""
+    """Set learning rates and weight decay for the coming step; returns the rate that groups have shares of."""
     lr = warmup_cosine(peak_lr(optim, global_batch), optim.lr_end, warmup_epochs=optim.warmup_epochs, progress=progress)
     weight_decay = cosine(*optim.weight_decay, progress.share)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
     return lr

@@ -1,5 +1,6 @@
 """How long the run is and who takes which part of a step: the recipe's wishes, brought to this machine."""
 
+import math
 from dataclasses import dataclass
 
 from ssl_global.errors import wrong
@@ -43,12 +44,13 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
             f"cannot be shared by {num_processes} processes; {right} can, or {others} processes can share it",
         )  # fmt: skip
     share = train.global_batch // num_processes
-    micro_batch = largest_part(share, at_most=train.micro_batch or share, multiple_of=recipe.data.repeats)
+    together = math.lcm(recipe.data.repeats, recipe.method.images_together())
+    micro_batch = largest_part(share, at_most=train.micro_batch or share, multiple_of=together)
     if micro_batch is None:
         raise wrong(
             "data.repeats", recipe.data.repeats,
             f"a process's share of the batch is {share} images, at most {train.micro_batch or share} of them at once: "
-            "none of its parts has all views of an image",
+            f"none of its parts is a multiple of {together}, and so many images belong together",
         )  # fmt: skip
     return Plan(
         num_images=num_images,

@@ -25,6 +25,10 @@ COLUMNS = {
     "waiting_for_data": ("data wait", "{:.0%}"),
     "knn": ("k-NN", "{:.3f}"),
     "rankme": ("RankMe", "{:.1f}"),
+    "train_top1": ("train top-1", "{:.3f}"),
+    "top1": ("top-1", "{:.3f}"),
+    "ece": ("calibration error", "{:.3f}"),
+    "miou": ("mIoU", "{:.3f}"),
 }
 
 

@@ -103,6 +103,6 @@ def test_many_bands_through_the_loader(tmp_path) -> None:
     recipe = recipe_of(channels=13, mean=(0.5,) * 13, std=(0.25,) * 13)
     (batch,) = serve(open_source(str(tmp_path)), recipe, stop=1)
     assert batch["bad"] == []
-    views = to_device(batch, recipe.data, torch.device("cpu"))["views"]
+    views = to_device(batch, recipe, torch.device("cpu"))["views"]
     assert [tuple(view.shape) for view in views] == [(4, 13, 32, 32)] * 2 + [(4, 13, 16, 16)] * 4
     assert all(view.isfinite().all() and view.std() > 0.1 for view in views)

@@ -228,7 +228,8 @@ def test_a_killed_worker_process_is_told_too(folder, monkeypatch):
 
 def test_views_on_the_device_are_global_first_and_normalised(folder):
     batch = serve(open_source(str(folder)), recipe_of(), stop=1)[0]
-    out = to_device(batch, Data(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), torch.device("cpu"))
+    recipe = replace(recipe_of(), data=Data(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    out = to_device(batch, recipe, torch.device("cpu"))
     assert [tuple(view.shape) for view in out["views"]] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 4
     assert all(view.dtype == torch.float32 and view.abs().max() <= 1.0001 for view in out["views"])
     assert out["seed"].dtype == torch.int64

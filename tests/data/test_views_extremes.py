@@ -124,6 +124,6 @@ def test_a_folder_of_odd_images_becomes_views(tmp_path, channels: int) -> None:
     assert [key for key, _ in batch["bad"]] == ["class 1/1.png"]
     assert sorted(batch["label"].tolist()) == [0, 2, 2, 3]  # the label of the image that took its place
     assert [int(key[6]) for key in batch["key"]] == batch["label"].tolist()
-    out = to_device(batch, recipe.data, torch.device("cpu"))
+    out = to_device(batch, recipe, torch.device("cpu"))
     assert [tuple(view.shape) for view in out["views"]] == [(4, channels, 32, 32)] * 2 + [(4, channels, 16, 16)]
     assert all(view.isfinite().all() for view in out["views"])

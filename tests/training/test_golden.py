@@ -13,22 +13,26 @@ import torch
 
 from ssl_global.command_line import recipe_files
 from ssl_global.data.sample import built_in_sample
-from ssl_global.pretrain import main
+from ssl_global.finetune import main as finetune
+from ssl_global.pretrain import main as pretrain
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 STEPS = 20
 
 
 def twenty_losses(name: str, out: Path) -> list[float]:
-    train, _ = built_in_sample()
+    train, val = built_in_sample()
     words = [
         f"--recipe={name}:demo", f"--data={train}", f"--out={out}", "--device=cpu", f"--train.steps={STEPS}",
         "--optim.warmup-epochs=0.1", "--log.every=1", "--eval.every=1000", "--checkpoint.every=1000",
-        "--data.workers=0", "--log-with",
+        "--data.workers=0",
     ]  # fmt: skip
     if name.startswith("dino"):
-        words.insert(-1, "--method.freeze-prototypes-epochs=0.1")
-    main(words)
+        words.append("--method.freeze-prototypes-epochs=0.1")
+    if name == "finetune":
+        finetune([*words, f"--val={val}", "--log-with"])
+    else:
+        pretrain([*words, "--log-with"])
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 

@@ -1,0 +1,66 @@
+"""Fine-tuning for classes, ViT-B/16 and others: MAE's setting (He et al. 2021, https://arxiv.org/abs/2111.06377).
+
+    accelerate launch finetune.py                                                # demo(): a minute on two CPU cores
+    accelerate launch finetune.py --backbone runs/mae/export --data photos/train/ --val photos/val/ \
+        --attention non_local --out runs/photos                                  # recipe(): 100 epochs
+
+The same command again goes on from the newest checkpoint in --out.
+
+Expect   recipe(): unmeasured here. The authors, ViT-B pretrained for 1600 epochs: 83.6 on ImageNet (FINETUNE.md).
+         demo(): see README.md.
+Numbers  facebookresearch/mae FINETUNE.md, main_finetune.py, util/datasets.py@efb2a80, unless marked "ours".
+"""
+
+from dataclasses import replace
+
+from ssl_global.encoders.pretrained import PretrainedConfig
+from ssl_global.finetuning.classify import ClassifyConfig
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        data=Data(worker_kind="processes"),  # RandAugment holds Python's lock
+        views=Views(
+            globals=Crops(count=1, pixels=224, area=(0.08, 1.0), augment="rand-m9-mstd0.5-inc1", erase=0.25),
+        ),
+        encoder=PretrainedConfig(name="vit_base_patch16_224", drop_path=0.1),
+        method=ClassifyConfig(layer_decay=0.65, smoothing=0.1, mixup=0.8, cutmix=1.0),
+        optim=Optim(
+            lr_per_256_images=5e-4,
+            lr_end=1e-6,
+            warmup_epochs=5,
+            weight_decay=(0.05, 0.05),
+            betas=(0.9, 0.999),
+            clip_norm=None,
+        ),
+        train=Train(
+            epochs=100,
+            global_batch=1024,  # 32 on each of 8 GPUs of 4 machines
+            micro_batch=64,  # ours
+            precision="bf16",  # ours: theirs is fp16
+        ),
+        eval=Eval(every=1251),  # ours: an epoch of ImageNet
+        log=Log(every=20),  # ours
+        checkpoint=Checkpoint(every=500, keep=2),  # ours
+    )
+
+
+def demo() -> Recipe:
+    """The same road on two CPU cores: small views, light augmentation for few images. All its numbers are ours."""
+    paper = recipe()
+    return replace(
+        paper,
+        data=Data(),
+        views=Views(globals=Crops(count=1, pixels=32, area=(0.4, 1.0))),
+        encoder=PretrainedConfig(name="vit_tiny_patch16_224", model_args=DEMO_VIT, drop_path=0.0),
+        method=replace(paper.method, layer_decay=0.75, mixup=0.0, cutmix=0.0),
+        optim=replace(paper.optim, lr_per_256_images=2e-3, warmup_epochs=1),
+        train=Train(epochs=6, global_batch=64),
+        eval=Eval(every=94),
+        log=Log(every=20),
+        checkpoint=Checkpoint(every=200),
+    )
+
+
+DEMO_VIT = '{"patch_size": 4, "depth": 3, "global_pool": "avg", "fc_norm": false, "dynamic_img_size": true}'

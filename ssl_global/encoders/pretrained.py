@@ -1,0 +1,173 @@
+"""Any model of timm with weights from somewhere, to be fine-tuned: an export of ours, a published model, or none.
+
+    PretrainedConfig(name="resnet50", attention=("layer3=non_local",))
+
+What it is made of is in the settings (timm's name and arguments, the attention modules), so that a checkpoint can be
+built again without the weights that the run began from: those are read once, by `begin_from`.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ssl_global.attention.attach import Attachment, attach, placed
+from ssl_global.attention.cost import named
+from ssl_global.encoders.encoder import Encoder, Tokens
+from ssl_global.errors import UserError, wrong
+from ssl_global.recipe import EncoderConfig
+
+if TYPE_CHECKING:
+    from ssl_global.recipe import Recipe
+
+OF_THE_POOLING = ("attn_pool", "fc_norm")  # parts that a model gets with another pooling; new, like a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig(EncoderConfig):
+    name: str = "vit_base_patch16_224"  # timm's architecture; --backbone sets it
+    model_args: str = "{}"  # for timm.create_model, as JSON; --backbone sets it
+    weights: str | None = None  # where the run began: an export's folder, a timm name.tag, or None: untrained
+    attention: tuple[str, ...] = ()  # modules to put in: non_local, PLACE=MODULE, or 'PLACE=MODULE(option=value)'
+    pool: str = ""  # timm's global_pool: token, avg, map (attention pooling), ...; the model's own if empty
+
+    def check(self, recipe: "Recipe") -> None:
+        try:
+            arguments = json.loads(self.model_args)
+        except json.JSONDecodeError as error:
+            raise wrong("encoder.model_args", self.model_args, f"no JSON: {error}") from error
+        if not isinstance(arguments, dict):
+            raise wrong("encoder.model_args", self.model_args, "a JSON object would be right")
+        if not timm.is_model(self.name):
+            try:
+                named(self.name)
+            except ValueError as error:
+                raise UserError(f"encoder.name = {error}") from error
+        if not 0 <= self.drop_path < 1:
+            raise wrong("encoder.drop_path", self.drop_path, "at least 0, below 1")
+
+    def hides(self, masking: str) -> int | None:
+        return None
+
+    def build(self, recipe: "Recipe") -> "Pretrained":
+        return Pretrained(self, pixels=recipe.views.globals.pixels, channels=recipe.data.channels)
+
+
+def of_backbone(config: PretrainedConfig, backbone: str) -> PretrainedConfig:
+    """With the name, arguments and weights of `backbone`: an export's folder, a run's, or a timm name.
+
+    A name with its .tag has published weights, one without has none. Raises UserError for what is none of these.
+    """
+    folder = Path(backbone)
+    if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "export" / "config.json").is_file():
+        folder = folder / "export"
+    if folder.is_dir():
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"--backbone {backbone}: no export there (config.json); ssl-global export RUN writes one")
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"--backbone {backbone}: no model.safetensors there; is the export whole?")
+        try:
+            found = json.loads(config_file.read_text())
+            name, arguments = str(found["architecture"]), found.get("model_args") or {}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"--backbone {config_file}: no configuration of timm's: {error}") from error
+        return replace(config, name=name, model_args=json.dumps(arguments), weights=str(folder.resolve()))
+    architecture, _, tag = backbone.partition(".")
+    if not timm.is_model(architecture):
+        try:
+            named(architecture)
+        except ValueError as error:
+            raise UserError(f"--backbone {error}, and no folder either") from error
+    return replace(config, name=architecture, model_args="{}", weights=backbone if tag else None)
+
+
+class Pretrained(Encoder):
+    """See `Encoder`; `model` has attention modules as its `attached` children. It hides nothing."""
+
+    model: Any  # timm's models share names, and no type
+
+    def __init__(self, config: PretrainedConfig, *, pixels: int, channels: int) -> None:
+        super().__init__()
+        self.architecture, self.pixels, self.channels = config.name, pixels, channels
+        self.model_args: dict[str, Any] = json.loads(config.model_args) | {"in_chans": channels}
+        if config.pool:
+            self.model_args["global_pool"] = config.pool
+        try:
+            if takes_size(config.name, self.model_args):
+                self.model_args["img_size"] = pixels
+            self.model = timm.create_model(
+                config.name, num_classes=0, drop_path_rate=config.drop_path, **self.model_args
+            )
+        except (TypeError, AssertionError, ValueError) as error:
+            raise UserError(f"encoder.name = {config.name}: cannot be built so: {error}") from error
+        self.width = self.first_width = int(getattr(self.model, "head_hidden_size", self.model.num_features))
+        self.patch = 0  # nothing is hidden
+        if config.attention:
+            try:
+                attach(self.model, placed(self.model, config.attention), input_size=(channels, pixels, pixels))
+            except ValueError as error:
+                raise UserError(f"encoder.attention = {config.attention}: {error}") from error
+
+    def encode(
+        self,
+        images: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        num_hidden: int | None = None,
+        replaced: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> Tokens:
+        assert hidden is None, "hides nothing"
+        assert replaced is None, "replaces nothing"
+        features = self.model.forward_features(images)
+        summary = self.model.forward_head(features, pre_logits=True)
+        return Tokens(summary=summary, patches=summary[:, None], grid=(1, 1))
+
+    @property
+    def attachment(self) -> Attachment:
+        return Attachment(self.model)
+
+    def new_parts(self) -> list[nn.Module]:
+        """What did not come with the weights: the classifier, another pooling, attention modules."""
+        parts = [self.model.get_classifier(), *(getattr(self.model, name, None) for name in OF_THE_POOLING)]
+        return [part for part in parts if isinstance(part, nn.Module)] + list(self.attachment.places.values())
+
+    def recompute_activations(self) -> None:
+        self.model.set_grad_checkpointing(True)
+
+    def begin_from(self, weights: str) -> None:
+        """Reads the weights. Raises UserError if they cannot be had, or are not this model's."""
+        where = f"local-dir:{weights}" if Path(weights).is_dir() else weights
+        own = {name: value for name, value in self.model_args.items() if name != "global_pool"}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                source = timm.create_model(where, pretrained=True, num_classes=0, **own)
+        except Exception as error:  # of many kinds: the hub's, safetensors', timm's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{weights}: its weights cannot be loaded: {reason}") from error
+        ours = self.model.state_dict()
+        found = renamed(source.state_dict(), ours)
+        new = {f"{prefix}." for prefix, part in self.model.named_modules() if part in self.new_parts()}
+        missing = [key for key in ours if key not in found and not key.startswith(tuple(new))]
+        if missing:
+            raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {self.architecture}")
+        self.model.load_state_dict({key: value for key, value in found.items() if key in ours}, strict=False)
+
+
+def renamed(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm calls a ViT's last norm fc_norm where it stands behind the pooling: it begins as what was before it."""
+    if "fc_norm.weight" in ours and "norm.weight" in state and "norm.weight" not in ours:
+        return {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in state.items()}
+    return state
+
+
+def takes_size(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm's model is built for one size of images."""
+    with torch.device("meta"):
+        outline = timm.create_model(name, num_classes=0, **arguments)
+    return getattr(getattr(outline, "patch_embed", None), "img_size", None) is not None

@@ -1,0 +1,137 @@
+"""The second job: from a backbone to a model that classifies. How it goes is in training/job.py.
+
+accelerate launch finetune.py --backbone runs/dino/export --data photos/ --val val/ --attention non_local
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from ssl_global import command_line
+from ssl_global.command_line import Command, option
+from ssl_global.data.source import Source
+from ssl_global.data.stream import Stream
+from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
+from ssl_global.errors import UserError
+from ssl_global.export import export
+from ssl_global.finetuning.classify import Classify, ClassifyConfig
+from ssl_global.finetuning.judge import ClassJudge
+from ssl_global.methods.method import Method
+from ssl_global.recipe import Recipe
+from ssl_global.training.job import Job, do
+
+MOST_CLASSES = 2**20  # ours: of numbered labels without names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Command):
+    """Fine-tune a backbone on images with labels.
+
+    Without --data it runs the recipe's demo() on a built-in sample of photographs; with it, recipe(), the paper's
+    setting. A recipe given as a .py file is a program: it is run.
+    """
+
+    backbone: str | None = None  # an export's or a run's folder, or a timm name: with its .tag pretrained
+    attention: tuple[str, ...] = ()  # modules to put in: non_local, PLACE=MODULE, 'PLACE=MODULE(option=value)'
+
+    program: ClassVar[str] = "finetune.py"
+    usual_recipe: ClassVar[str | None] = "finetune"
+
+    @classmethod
+    def function(cls, argv: list[str]) -> str:
+        return "demo" if option(argv, "--data") is None else "recipe"
+
+    def filled_in(self) -> Self:
+        settings = self.settings
+        encoder = settings.encoder
+        if not isinstance(encoder, PretrainedConfig) or not isinstance(settings.method, ClassifyConfig):
+            raise UserError(f"--recipe {self.recipe}: a recipe for pretrain.py; finetune would be right")
+        if self.attention:
+            encoder = replace(encoder, attention=self.attention)
+        if self.backbone is not None:
+            encoder = of_backbone(encoder, self.backbone)
+        if self.data is not None and self.val is None:
+            raise UserError("--val is missing: labelled images to judge on, a folder with class folders, or shards")
+        return replace(self, settings=replace(settings, encoder=encoder))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command_line.main(Finetune, finetune, argv)
+
+
+def finetune(command: Finetune, overridden: dict[str, object]) -> None:
+    do(JOB, command, overridden)
+
+
+def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe:
+    """The classes are the data's."""
+    method = recipe.method
+    assert isinstance(method, ClassifyConfig)
+    if isinstance(train, Stream):
+        raise UserError("data.reader = stream: fine-tuning counts its classes first; indexed would be right")
+    assert val is not None
+    classes = classes_of(train)
+    refuse_other_classes(classes, train, val)
+    weights: tuple[float, ...] = ()
+    if method.balance:
+        assert train.labels is not None
+        counts = np.bincount(train.labels, minlength=len(classes))
+        weights = tuple((len(train) / (len(classes) * np.maximum(counts, 1))).tolist())
+    return replace(recipe, method=replace(method, classes=classes, class_weights=weights))
+
+
+def classes_of(source: Source) -> tuple[str, ...]:
+    """Names of the classes, or their numbers. Raises UserError for images without labels, and for one class only."""
+    if source.labels is None:
+        raise UserError(
+            f"--data {source.path}: no labels; a folder of class folders would be right, or labelled shards"
+        )
+    if not 0 <= source.labels.min() <= source.labels.max() < MOST_CLASSES:
+        raise UserError(f"--data {source.path}: holds the label {source.labels.max()}; classes are numbered from 0")
+    classes = tuple(source.classes or map(str, range(int(source.labels.max()) + 1)))
+    if len(np.unique(source.labels)) < 2:
+        raise UserError(f"--data {source.path}: one class only, {classes[source.labels[0]]!r}: nothing to tell apart")
+    return classes
+
+
+def refuse_other_classes(classes: tuple[str, ...], train: Source, val: Source) -> None:
+    if val.labels is None:
+        raise UserError(f"--val {val.path}: no labels to judge with")
+    if train.classes and val.classes and tuple(val.classes) != classes:
+        lacking, besides = sorted(set(classes) - set(val.classes)), sorted(set(val.classes) - set(classes))
+        said = [f"{word} {', '.join(names[:3])}" for word, names in (("lacks", lacking), ("has", besides)) if names]
+        raise UserError(f"--val {val.path}: other classes than {train.path}: {' and '.join(said)}")
+    if val.labels.min() < 0 or val.labels.max() >= len(classes):
+        raise UserError(
+            f"--val {val.path}: holds the label {val.labels.max()}; {train.path} has {len(classes)} classes"
+        )
+
+
+def begin(method: Method, recipe: Recipe) -> None:
+    assert isinstance(method, Classify)
+    assert isinstance(recipe.encoder, PretrainedConfig)
+    if recipe.encoder.weights is not None:
+        method.begin_from(recipe.encoder.weights)
+
+
+def say_baselines(figures: dict[str, float]) -> str:
+    return f"before training: the most frequent class would be right {figures['majority']:.3f} of the time\n"
+
+
+def say_summary(figures: dict[str, Any]) -> list[str]:
+    done = f"done: {figures['steps']} steps, {figures['images']} images in {figures['seconds']:.0f} s of training"
+    right = (
+        f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, the most frequent class {figures['majority']:.3f}"
+    )
+    return [done, f"{right}; calibration error {figures['ece']:.3f}", f"export {figures['export']}"]
+
+
+JOB = Job(
+    settle=settle, begin=begin, judge=ClassJudge, export=export, figures=("top1", "top5", "ece"),
+    say_baselines=say_baselines, say_summary=say_summary,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    main()

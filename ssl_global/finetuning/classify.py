@@ -1,0 +1,179 @@
+"""Fine-tuning for classes: a pretrained backbone, attention modules if they are wanted, and a linear classifier.
+
+The settings are MAE's for fine-tuning (He et al. 2021, appendix A.1, facebookresearch/mae FINETUNE.md): layer-wise
+decay of the learning rate, mixup or cutmix, label smoothing. timm's own parts do it (param_groups_layer_decay, Mixup).
+
+    x'   = mix of two images, their targets in the same shares   (mixup, Zhang et al. 2018; cutmix, Yun et al. 2019)
+    loss = mean over images of - sum over classes of target * log softmax(logits)
+
+Here a batch is mixed in pairs of neighbours, (0, 1), (2, 3)..., each pair by its own seed: so the run is the same on
+any number of processes, which mixing a process's batch with its reverse, as usual, is not.
+
+Modes: `full` trains all; `probe` trains what is new (classifier, attention modules, pooling) on a backbone that stays
+what it was, norms and all; `gradual` does so for the first `frozen_epochs`, then trains all.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup, mixup_target
+from timm.optim import param_groups_layer_decay
+from torch import Tensor
+
+from ssl_global.data.randomness import seeded
+from ssl_global.encoders.pretrained import Pretrained
+from ssl_global.errors import wrong
+from ssl_global.methods.method import Batch, Method, ParameterGroup
+from ssl_global.methods.teacher import follow, move_teacher
+from ssl_global.recipe import MethodConfig, in_range, not_longer_than_run
+from ssl_global.schedules import Progress
+
+if TYPE_CHECKING:
+    from ssl_global.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(MethodConfig):
+    """Fine-tune for classes."""
+
+    classes: tuple[str, ...] = ()  # their names, from the data
+    mode: Literal["full", "probe", "gradual"] = "full"  # what is trained: all, what is new, or that first and then all
+    frozen_epochs: float = 0.0  # of gradual: how long the backbone waits
+    layer_decay: float = 0.65  # a layer's rate is the next one's times this; 1: all the same
+    gate_lr_times: float = 10.0  # gates of attention modules learn so much faster than the rest (ours)
+    smoothing: float = 0.1  # of the targets
+    mixup: float = 0.8  # alpha; 0: never
+    cutmix: float = 1.0  # alpha; 0: never
+    average: float = 0.0  # momentum of a moving average of all weights, which is judged and exported; 0: none
+    balance: bool = False  # weigh classes by the inverse of their images
+    class_weights: tuple[float, ...] = ()  # mean 1 over the images, from the data, if `balance`
+
+    def check(self, recipe: "Recipe") -> None:
+        if recipe.views.globals.count != 1 or recipe.views.locals.count:
+            raise wrong(
+                "views.globals.count", recipe.views.globals.count, "1, and no local views: one view is learnt from"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise wrong("method.layer_decay", self.layer_decay, "above 0, at most 1")
+        if self.gate_lr_times <= 0:
+            raise wrong("method.gate_lr_times", self.gate_lr_times, "above 0")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise wrong(f"method.{name}", getattr(self, name), "0 or more")
+        if not 0 <= self.smoothing < 1:
+            raise wrong("method.smoothing", self.smoothing, "at least 0, below 1")
+        in_range("method.average", self.average, 0, 1)
+        if (self.mode == "gradual") != (self.frozen_epochs > 0):
+            raise wrong("method.frozen_epochs", self.frozen_epochs, "above 0 for method.mode gradual, 0 for the others")
+
+    def check_durations(self, epochs: float) -> None:
+        not_longer_than_run("method.frozen_epochs", self.frozen_epochs, epochs)
+
+    def images_together(self) -> int:
+        return 2 if self.mixes else 1
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def build(self, recipe: "Recipe") -> "Classify":
+        return Classify(self, recipe)
+
+
+class Classify(Method):
+    def __init__(self, config: ClassifyConfig, recipe: "Recipe") -> None:
+        super().__init__()
+        self.config, self.num_classes = config, len(config.classes)
+        self.model = self.new_backbone(recipe)
+        if config.mode == "probe":
+            self.model.requires_grad_(False)
+            for part in self.model.new_parts():
+                part.requires_grad_(True)
+        self.average = copy.deepcopy(self.model) if config.average else None
+        if self.average is not None:
+            follow(self.average, self.model)
+        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=self.num_classes)
+        weights = torch.tensor(config.class_weights or [1.0] * self.num_classes)
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.frozen = config.mode == "probe"
+
+    def new_backbone(self, recipe: "Recipe") -> Pretrained:
+        encoder = recipe.encoder.build(recipe)
+        assert isinstance(encoder, Pretrained)
+        encoder.model.reset_classifier(self.num_classes)
+        encoder.classes = self.config.classes
+        return encoder
+
+    def begin_from(self, weights: str) -> None:
+        """The run's first step starts from these weights."""
+        self.model.begin_from(weights)
+        if self.average is not None:
+            follow(self.average, self.model)
+
+    def begin_step(self, progress: Progress) -> None:
+        self.frozen = self.config.mode == "probe" or progress.epoch < self.config.frozen_epochs
+        self.model.train(not self.frozen)  # batch norms of a frozen backbone stay what they were
+        for part in self.model.new_parts():
+            part.train()
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        images, targets = self.mix(batch["views"][0], batch["label"], batch["seeds"])
+        logits = self.model.model(images).float()
+        losses = -(targets * self.class_weights * F.log_softmax(logits, dim=1)).sum(1)
+        right = logits.argmax(1) == targets.argmax(1)
+        return {"loss": losses.mean(), "train_top1": right.float().mean()}
+
+    def mix(self, images: Tensor, label: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
+        """images (B, C, H, W) and int (B,) -> images, targets (B, K): pairs of neighbours, each by its first's seed."""
+        if not self.config.mixes:
+            return images, mixup_target(label, self.num_classes, smoothing=self.config.smoothing)
+        images, targets = images.clone(), []
+        for first in range(0, len(images), 2):
+            with seeded(seeds[first]):
+                pair = slice(first, first + 2)
+                _, target = self.mixup(images[pair], label[pair])  # the images in place
+                targets.append(target)
+        return images, torch.cat(targets)
+
+    def gradients_done(self, progress: Progress) -> None:
+        if self.frozen:
+            new = {id(parameter) for part in self.model.new_parts() for parameter in part.parameters()}
+            for parameter in self.model.parameters():
+                if id(parameter) not in new:
+                    parameter.grad = None
+
+    def after_step(self, progress: Progress) -> None:
+        if self.average is not None:
+            move_teacher(self.average, self.model, self.config.average)
+            for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                ours.copy_(theirs)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return layered(self.model, self.config.layer_decay, self.config.gate_lr_times)
+
+    def backbones(self) -> dict[str, Any]:
+        return ({"average": self.average} if self.average is not None else {}) | {"model": self.model}
+
+
+def layered(encoder: Pretrained, layer_decay: float, gate_lr_times: float) -> list[ParameterGroup]:
+    """timm's layers of the backbone; attention modules learn at the head's rate, their gates faster and undecayed."""
+    attachment = encoder.attachment
+    gates = {id(p) for one in attachment.places.values() for p in one.attention.gate_parameters()}
+    attached = [p for p in attachment.parameters() if p.requires_grad]
+    apart = {id(p) for p in attached}
+    kept = encoder.model.no_weight_decay() if hasattr(encoder.model, "no_weight_decay") else ()
+    groups: list[ParameterGroup] = [
+        {"params": [p for p in group["params"] if id(p) not in apart], "decays": group["weight_decay"] > 0,
+         "lr_scale": group["lr_scale"]}
+        for group in param_groups_layer_decay(encoder.model, 1.0, kept, layer_decay=layer_decay)
+    ]  # fmt: skip
+    groups += [
+        {"params": [p for p in attached if id(p) in gates], "decays": False, "lr_scale": gate_lr_times},
+        {"params": [p for p in attached if id(p) not in gates and p.ndim > 1], "decays": True, "lr_scale": 1.0},
+        {"params": [p for p in attached if id(p) not in gates and p.ndim <= 1], "decays": False, "lr_scale": 1.0},
+    ]
+    return [group for group in groups if group["params"]]
