@@ -14,6 +14,7 @@ single gamma; x * sigmoid(z).
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Start = Literal["identity", "paper"]
@@ -120,10 +121,28 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() == x.shape[1]:
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """(B, heads, N, K), (B, heads, M, K), (B, heads, M, V) -> (B, heads, N, V), without a map of N x M in memory.
+
+    torch has fused kernels for queries and values of one width, whose channels lie side by side; for others it makes
+    the map without a word. Zeros beside the narrower ones change nothing.
+
+    mask   bool, True where a key may be seen; it must have four dimensions
+    scale  of the products; None: 1 / sqrt(K)
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    width, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    q, k, v = (
+        part.contiguous() if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1]))
+        for part in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :width]
 
 
 def heads_for(channels: int) -> int:

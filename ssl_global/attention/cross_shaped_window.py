@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import Residual, Start, heads_for
+from ssl_global.attention.base import Residual, Start, fused_attention, heads_for
 
 
 class CrossShapedWindow(Residual):
@@ -50,13 +50,13 @@ class CrossShapedWindow(Residual):
         """Attention within bands of the first axis: (B, H, W, 3, C / 2) -> (B, H, W, C / 2)."""
         length, stripe = qkv.shape[1], min(self.stripe, qkv.shape[1])
         below = -length % stripe
-        bands = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, below)).unflatten(1, (-1, stripe))  # (B, bands, stripe, W, 3, C / 2)
-        q, k, v = bands.flatten(2, 3).unflatten(-1, (self.heads_each, -1)).permute(3, 0, 1, 4, 2, 5)
+        bands = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, below)).unflatten(1, (-1, stripe)).flatten(0, 1)
+        # (B * bands, stripe, W, 3, C / 2) -> (B * bands, heads, stripe * W, C / 2 / heads) each
+        q, k, v = bands.flatten(1, 2).unflatten(-1, (self.heads_each, -1)).permute(2, 0, 3, 1, 4)
         there = torch.arange(length + below, device=qkv.device).view(-1, stripe) < length
-        seen = there.repeat_interleave(qkv.shape[2], dim=1)[:, None, None]  # (bands, 1, 1, stripe * W)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(2, 3).flatten(3)
-        values = bands[..., 2, :].flatten(0, 1).permute(0, 3, 1, 2)  # (B * bands, C / 2, stripe, W)
+        seen = there.repeat_interleave(qkv.shape[2], dim=1).repeat(qkv.shape[0], 1)[:, None, None]
+        mixed = fused_attention(q, k, v, mask=seen).transpose(1, 2).flatten(2)
+        values = bands[..., 2, :].permute(0, 3, 1, 2)  # (B * bands, C / 2, stripe, W)
         values = positions(values.transpose(2, 3)).transpose(2, 3) if columns else positions(values)
-        of_positions = values.permute(0, 2, 3, 1).reshape(mixed.shape)
-        joined = (mixed + of_positions).unflatten(2, (stripe, -1)).flatten(1, 2)
-        return joined[:, :length]
+        joined = mixed + values.permute(0, 2, 3, 1).reshape(mixed.shape)
+        return joined.unflatten(0, (qkv.shape[0], -1)).unflatten(2, (stripe, -1)).flatten(1, 2)[:, :length]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import Residual, Start
+from ssl_global.attention.base import Residual, Start, fused_attention
 
 
 class DeformableAttention(Residual):
@@ -57,7 +57,7 @@ class DeformableAttention(Residual):
         query = self.query(normal)
         key, value = self.key_value(self.sampled(normal, query)).chunk(2, dim=1)
         q, k, v = (part.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3) for part in (query, key, value))
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H * W, C / heads)
+        mixed = fused_attention(q, k, v)  # (B, heads, H * W, C / heads)
         added: Tensor = self.out(mixed.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
         return added
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import Residual, Start
+from ssl_global.attention.base import Residual, Start, fused_attention
 
 
 class LocalAttention(Residual):
@@ -48,10 +48,11 @@ class LocalAttention(Residual):
         there = x.new_ones(1, 1, *x.shape[2:])
         projected, there = (F.pad(part, (0, width - x.shape[3], 0, height - x.shape[2])) for part in (projected, there))
         pieces = F.unfold(projected, window, stride=stride)  # (B, 3C * A, windows)
-        q, k, v = pieces.unflatten(1, (3, self.heads, -1, self.window**2)).permute(1, 0, 5, 2, 4, 3)
-        seen = F.unfold(there, window, stride=stride).transpose(1, 2)[:, :, None, None] > 0  # (1, windows, 1, 1, A)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (B, windows, heads, A, C / heads)
-        added: Tensor = self.out(mixed.transpose(2, 3).flatten(3)).permute(0, 3, 2, 1).flatten(1, 2)
+        q, k, v = pieces.unflatten(1, (3, self.heads, -1, self.window**2)).permute(1, 0, 5, 2, 4, 3).flatten(1, 2)
+        seen = F.unfold(there, window, stride=stride)[0].t().repeat(x.shape[0], 1)[:, None, None] > 0
+        mixed = fused_attention(q, k, v, mask=seen)  # (B * windows, heads, A, C / heads)
+        places = mixed.transpose(1, 2).flatten(2).unflatten(0, (x.shape[0], -1))  # (B, windows, A, C)
+        added: Tensor = self.out(places).permute(0, 3, 2, 1).flatten(1, 2)
         count = F.fold(F.unfold(torch.ones_like(there), window, stride=stride), (height, width), window, stride=stride)
         total = F.fold(added, (height, width), window, stride=stride)
         return (total / count)[:, :, : x.shape[2], : x.shape[3]]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import BatchNorm, Residual, Start
+from ssl_global.attention.base import BatchNorm, Residual, Start, fused_attention
 
 MODES = ("embedded_gaussian", "gaussian", "dot", "concat")
 
@@ -70,7 +70,7 @@ class NonLocal(Residual):
             of_query, of_key = self.weigh.weight[0].chunk(2)
             gathered = (sum_of_rectified(query @ of_query, key @ of_key, value) / value.shape[1]).to(value.dtype)
         else:
-            gathered = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+            gathered = fused_attention(query[:, None], key[:, None], value[:, None])[:, 0]
         return self.norm(self.out(gathered.transpose(1, 2).unflatten(2, x.shape[2:])))
 
 

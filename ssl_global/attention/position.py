@@ -3,10 +3,9 @@
 As the authors' code: logits are not scaled. Their N x N map is not kept: torch's fused attention computes the same.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_global.attention.base import Residual, Start
+from ssl_global.attention.base import Residual, Start, fused_attention
 
 
 class PositionAttention(Residual):
@@ -22,5 +21,5 @@ class PositionAttention(Residual):
 
     def branch(self, x: Tensor) -> Tensor:
         query, key, value = (part(x).flatten(2).transpose(1, 2)[:, None] for part in (self.query, self.key, self.value))
-        gathered = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, 1, N, C)
+        gathered = fused_attention(query, key, value, scale=1.0)  # (B, 1, N, C)
         return gathered[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
