@@ -8,7 +8,9 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,10 +91,35 @@ def report(comparisons: list[Comparison], bars: dict[str, tuple[float, float]], 
         out.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def alone(work: Callable[..., int], *arguments: object) -> int:
+    """The work's result, in a process that has done nothing before but import what it needs."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(work, *arguments).result()
+
+
+def resident(which: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far.
+
+    resource.getrusage would do on other systems too, but begins with what the parent had in memory.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:"))
+
+
 def machine() -> dict[str, str]:
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ssl_global": str(Path(ssl_global.__file__).parent),
     }
+
+
+def processor() -> str:
+    """Its name, where the system says it (Linux), or its kind."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()

@@ -14,11 +14,8 @@ keeps from forward for backward, parameters aside: it is counted and has no nois
 """
 
 import json
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +29,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Comparison, compare, report
+from benchmarks.measure import Comparison, alone, compare, report, resident
 from benchmarks.reference.full_attention_swin import FullAttentionSwin
 from ssl_global.command_line import find
 from ssl_global.encoders.global_swin import GlobalSwinConfig
@@ -331,14 +328,6 @@ class Step:
         return sum(kept.values())
 
 
-def alone(work: Callable[..., int], *arguments: object) -> int:
-    """The work's result, in a process that has done nothing before but import what it needs."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(work, *arguments).result()
-
-
 def peak_bytes(recipe: Recipe, images: int, device: str) -> int:
     """By how much the memory rises in a first step; its gradients are part of it, the parameters are not."""
     torch.set_num_threads(1)
@@ -351,12 +340,3 @@ def peak_bytes(recipe: Recipe, images: int, device: str) -> int:
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
-
-
-def resident(which: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most so far.
-
-    resource.getrusage would do on other systems too, but begins with what the parent had in memory.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:"))

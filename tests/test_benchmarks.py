@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import reach, swin
+from benchmarks import attention, reach, swin
 from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
+    "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
     "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
@@ -47,6 +48,15 @@ def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
         assert len(found["comparisons"]) == 7
         assert len(found["promised"]) == 7
         assert all(figure["measured"] > 0 for figure in found["promised"].values())
+    if name == "attention":
+        found = json.loads((tmp_path / "out").read_text())
+        assert len(found["promised"]) == 3
+        linear = [figure for figure in found["promised"].items() if "(1:" in figure[0]]
+        assert len(linear) == 2
+        assert all(figure["measured"] >= figure["bar"] for _, figure in linear)
+        for of_side in found["figures"]["criss_cross"].values():
+            assert of_side["plain form"]["kept_bytes"] > of_side["module"]["kept_bytes"]
+            assert all(of["peak_bytes"] > 0 and of["time"]["milliseconds"] > 0 for of in of_side.values())
     if name == "swin":
         found = json.loads((tmp_path / "out").read_text())
         assert len(found["comparisons"]) == len(found["promised"]) == 4
@@ -64,6 +74,13 @@ def test_uncounted_attention_would_show() -> None:
     products = sum((patches[i] + 8) * 4 * widths[i] ** 2 + 8 * widths[max(0, i - 1)] * widths[i] for i in blocks)
     more = swin.multiply_adds(swin.FULL, 64, True) - swin.multiply_adds(swin.PLAIN, 64, True)
     assert more == attention + products
+
+
+def test_criss_cross_is_counted_without_its_projections() -> None:
+    """Products of each place with its row and its column, of query and key and of the values, twice."""
+    case = attention.Case("criss_cross")
+    for side in (8, 12):
+        assert attention.attention_flops(case, 16, side) == 2 * 2 * side**2 * 2 * side * (16 // 8 + 16)
 
 
 def test_far_marks_half_of_them_alike() -> None:

@@ -1,49 +1,188 @@
-"""Each module is its paper's formula, in float64, written down here as a loop or as attention behind a mask."""
+"""Each module is its paper's formula, in float64: benchmarks/reference/attention_forms.py, which runs none of its code.
+
+What two libraries have in common is compared with the other library too.
+"""
+
+import ast
+import inspect
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.pvt_v2 import Attention as PvtAttention
 from timm.models.swin_transformer import SwinTransformerBlock
 
+from benchmarks.attention import PlainForm, moved
+from benchmarks.reference import attention_forms
+from benchmarks.reference.attention_forms import as_map, by_heads, flat, form, masked_attention, together
 from ssl_global import attention
 from ssl_global.attention.aspp import pyramid
+from ssl_global.attention.base import BatchNorm, fused_attention
+from ssl_global.attention.cost import cost
 from ssl_global.attention.dyt import DyT, replace_layer_norms
 from ssl_global.attention.neighbourhood import by_gathering, by_natten
 from ssl_global.attention.non_local import sum_of_rectified
 from ssl_global.attention.ppm import PyramidPooling
 
+NAMES = attention.names()
+OPTIONS = {  # beside what each is by default
+    "acmix": [{"kernel": 1}, {"kernel": 3, "heads": 2}],
+    "aspp": [{"rates": (1, 2)}],
+    "cbam": [{"kernel_size": 3, "ratio": 0.5}],
+    "channel": [{"energy": "official"}, {"energy": "paper"}],
+    "coord": [{"ratio": 1.0}],
+    "criss_cross": [{"recurrence": 1}, {"recurrence": 2}, {"recurrence": 3, "reduction": 2}],
+    "cross_shaped_window": [{"stripe": stripe, "heads": 4} for stripe in (1, 2, 4, 9)],
+    "deformable": [{"stride": 2, "groups": 2, "heads": 2}, {"stride": 1, "reach": 5.0}, {"stride": 3, "groups": 4}],
+    "dilated": [{"dilations": (1,)}, {"dilations": (3, 1)}],
+    "dual": [{"reduction": 2, "energy": "paper"}],
+    "ema_msa": [{"groups": 1}, {"groups": 2}, {"groups": 4}],
+    "emax": [{"groups": (2,)}, {"groups": (1, 2, 4)}],
+    "gather_excite": [{"extent": extent, "ratio": 0.5} for extent in (2, 3, 4)],
+    "gca": [{"ratio": 1.0}],
+    "global_attention": [{"heads": 2}],
+    "global_tokens": [{"tokens": 1, "bottleneck": 1}, {"tokens": 5, "bottleneck": 8}],
+    "large_kernel": [{"kernel": 13}, {"kernel": 3, "small_kernel": 3}],
+    "lka": [{"kernel": (3, 5), "dilation": 2}],
+    "local": [{"window": window, "stride": stride, "heads": 2}
+              for window, stride in ((3, 3), (3, 1), (4, 3), (7, 5), (2, 2))],
+    "multipole": [{"window": 2, "weights": "code"}, {"window": 2, "weights": "uniform", "sampling": "conv"},
+                  {"window": 3, "stride": 2, "heads": 2}],
+    "neighbourhood": [{"kernel": kernel, "heads": 2} for kernel in (1, 3, 5, 9)],
+    "non_local": [{"mode": mode, "sub_sample": sub_sample} for sub_sample in (False, True)
+                  for mode in ("embedded_gaussian", "gaussian", "dot", "concat")] + [{"inner": 11}],
+    "position": [{"reduction": 1}, {"reduction": 2}],
+    "ppm": [{"bins": (1, 3)}],
+    "se": [{"ratio": 0.5}],
+    "shifted_window": [{"window": 3, "heads": 2}, {"window": 3, "heads": 2, "shifted": True},
+                       {"window": 4, "shifted": True}],
+    "spatial_reduction": [{"reduction": reduction, "heads": 2} for reduction in (1, 2, 3)],
+}  # fmt: skip
+CASES = [(name, options) for name in NAMES for options in [{}, *OPTIONS.get(name, [])]]
+
 
 def build(name, channels=8, **options):
-    """With all parameters away from where they begin, in evaluation."""
-    torch.manual_seed(0)
-    module = attention.build(name, channels, **options).double().eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return module
+    return moved(name, channels, **options)
 
 
-def reference_attention(query, key, value, mask, scale):
-    """(B, N, K), (B, M, K), (B, M, C), bool (N, M): the whole map, masked."""
-    logits = (query @ key.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
-    return logits.softmax(-1) @ value
-
-
-def flat(x):
-    return x.flatten(2).transpose(1, 2)
-
-
-def as_map(tokens, like):
-    return tokens.transpose(1, 2).reshape(like.shape[0], -1, *like.shape[2:])
+def agree(module, name, x):
+    """Values, and how they change with x."""
+    x = x.detach().requires_grad_()
+    said, meant = module(x), form(name)(module, x)
+    torch.testing.assert_close(said, meant)
+    towards = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad((y * towards).sum(), x)[0] for y in (said, meant)))
 
 
 x = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(7)).double()
 EVERYWHERE = torch.ones(30, 30, dtype=torch.bool)
+
+
+def test_there_is_a_form_for_each():
+    print(f"{len(NAMES)} modules, {len(CASES)} cases")
+    assert len(CASES) >= 29 + 57
+    assert OPTIONS.keys() <= set(NAMES)
+    for name in NAMES:
+        assert inspect.getmodule(form(name)) is attention_forms
+        assert form(name).__doc__
+    with pytest.raises(KeyError):
+        form("non_locall")
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_it_is_its_formula(name, options, start):
+    module = build(name, start=start, **options)
+    small = 0.3 * x if name == "channel" else x  # its softmax else takes one channel alone
+    agree(module, name, small)
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from(NAMES), batch=st.integers(1, 3), height=st.integers(1, 15), width=st.integers(1, 15),
+    channels=st.sampled_from([2, 6, 10, 64]),
+)  # fmt: skip
+def test_it_is_its_formula_at_any_size(name, batch, height, width, channels):
+    agree(build(name, channels), name, torch.randn(batch, channels, height, width).double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_form_runs_none_of_the_modules_code(name, monkeypatch):
+    module = build(name)
+    said = module(x)
+    for kind in {type(part) for part in module.modules()} - {BatchNorm}:
+        if kind.__module__.startswith(("ssl_global", "timm", "torchvision")):
+            monkeypatch.setattr(kind, "forward", None)
+    torch.testing.assert_close(form(name)(module, x), said)
+    with pytest.raises(TypeError):
+        module(x)
+
+
+def test_the_forms_import_none_of_it():
+    tree = ast.parse(Path(attention_forms.__file__).read_text())
+    froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imports = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert {name.split(".")[0] for name in froms + imports} == {"collections", "itertools", "math", "typing", "torch"}
+
+
+def test_sizes_are_the_papers_or_those_asked_for():
+    """Forms take sizes off the modules."""
+    sizes = lambda convs: [(conv.kernel_size[0], conv.dilation[0]) for conv in convs]  # noqa: E731
+    convs = {name: [m for m in attention.build(name, 8).modules() if isinstance(m, torch.nn.Conv2d)] for name in NAMES}
+    assert sizes(convs["lka"]) == [(5, 1), (7, 3), (1, 1)]
+    assert sizes(convs["mlka"])[1:-4] == [(3, 1), (5, 2), (1, 1), (5, 1), (7, 3), (1, 1), (7, 1), (9, 4), (1, 1)]
+    assert sizes(convs["mlka"])[-4:-1] == [(3, 1), (5, 1), (7, 1)]
+    assert sizes(convs["dilated"]) == [(3, 1), (3, 2), (3, 4)]
+    assert sizes(convs["aspp"]) == [(1, 1), (3, 12), (3, 24), (3, 36), (1, 1), (1, 1)]
+    assert sizes(convs["large_kernel"]) == [(31, 1), (5, 1)]
+    assert sizes(convs["ppm"]) == [(1, 1)] * 4 + [(3, 1)]
+    assert attention.build("ppm", 8).pyramid.bins == (1, 2, 3, 6)
+    assert attention.build("cbam", 8).cbam.spatial.conv.conv.kernel_size == (7, 7)
+    assert attention.build("se", 64).se.fc1.out_channels == 4  # 64 / 16; timm would take 8
+    assert attention.build("cbam", 64).cbam.channel.fc1.out_channels == 4
+    assert attention.build("global_attention", 8, heads=4).attention.num_heads == 4
+    assert attention.build("shifted_window", 8, heads=4).attention.num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "growth"),
+    [
+        *(("non_local", {"mode": mode}, 4) for mode in ("embedded_gaussian", "gaussian", "dot", "concat")),
+        ("position", {}, 4), ("dual", {}, 4), ("global_attention", {}, 4), ("global_tokens", {}, 4),
+        ("deformable", {}, 4), ("spatial_reduction", {}, 4), ("cross_shaped_window", {}, 4), ("criss_cross", {}, 8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_map_of_all_places_is_kept(name, options, growth):
+    """Of four times the places, four times the memory; eight where each keeps a row and a column. Forms near 16."""
+    module = attention.build(name, 32, **options)
+    kept = lambda of, side: cost(of, (32, side, side), device=torch.device("cpu")).activation_bytes  # noqa: E731
+    assert kept(module, 64) <= 1.02 * growth * kept(module, 32)
+    if name in ("non_local", "position", "dual", "global_attention"):
+        plain = PlainForm(name, module)
+        assert kept(plain, 64) > 12 * kept(plain, 32)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("narrow", "wide"), [(3, 3), (2, 5), (5, 2)])
+def test_fused_attention_is_the_whole_map(narrow, wide, masked):
+    """However its inputs lie in memory, values and gradients."""
+    query, key = (torch.randn(2, 2, narrow, n).double().requires_grad_() for n in (7, 9))
+    value = torch.randn(2, 2, wide, 9).double().requires_grad_()
+    mask = torch.randn(7, 9) < 0.5 if masked else None
+    inputs = [part.transpose(2, 3) for part in (query, key, value)]
+    fused = fused_attention(*inputs, mask=None if mask is None else mask[None, None], scale=0.7)
+    plain = masked_attention(*inputs, mask=mask, scale=0.7)
+    torch.testing.assert_close(fused, plain)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y.square().sum(), (query, key, value)) for y in (fused, plain)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_se_is_torchvisions():
@@ -51,37 +190,6 @@ def test_se_is_torchvisions():
     other = torchvision.ops.SqueezeExcitation(8, 1).double()
     other.load_state_dict(module.se.state_dict())
     torch.testing.assert_close(module(x), other(x))
-    assert attention.build("se", 64).se.fc1.out_channels == 4  # 64 / 16, as the paper; timm would take 8
-
-
-def test_cbam_is_the_paper():
-    module = build("cbam", start="paper")
-    mlp = lambda pooled: module.cbam.channel.fc2(F.relu(module.cbam.channel.fc1(pooled)))  # noqa: E731
-    by_channel = x * torch.sigmoid(mlp(x.mean((2, 3), keepdim=True)) + mlp(x.amax((2, 3), keepdim=True)))
-    both = torch.stack([by_channel.mean(1), by_channel.amax(1)], dim=1)
-    conv = module.cbam.spatial.conv
-    gate = conv.bn(F.conv2d(both, conv.conv.weight, padding=3))
-    torch.testing.assert_close(module(x), by_channel * torch.sigmoid(gate))
-
-
-@pytest.mark.parametrize("sub_sample", [False, True])
-@pytest.mark.parametrize("mode", ["embedded_gaussian", "gaussian", "dot", "concat"])
-def test_non_local_is_the_paper(mode, sub_sample):
-    module = build("non_local", mode=mode, sub_sample=sub_sample, start="paper")
-    asked = F.max_pool2d(x, 2, ceil_mode=True) if sub_sample else x
-    value = flat(module.value(asked))
-    query, key = (x, asked) if mode == "gaussian" else (module.theta(x), module.phi(asked))
-    query, key = flat(query), flat(key)
-    logits = query @ key.transpose(1, 2)
-    if mode == "concat":
-        pairs = torch.cat([query[:, :, None].expand(-1, -1, key.shape[1], -1),
-                           key[:, None].expand(-1, query.shape[1], -1, -1)], dim=-1)  # fmt: skip
-        weights = F.relu(module.weigh(pairs))[..., 0] / key.shape[1]
-    elif mode == "dot":
-        weights = logits / key.shape[1]
-    else:
-        weights = (logits / query.shape[-1] ** 0.5).softmax(-1)
-    torch.testing.assert_close(module(x), x + module.norm(module.out(as_map(weights @ value, x))))
 
 
 @given(n=st.integers(1, 9), m=st.integers(1, 9), ties=st.booleans())
@@ -99,45 +207,6 @@ def test_the_sum_of_rectified_is_the_loop(n, m, ties):
             torch.testing.assert_close(mine, theirs)
 
 
-def test_position_is_masked_attention_without_a_scale():
-    module = build("position", reduction=2)
-    gathered = reference_attention(
-        flat(module.query(x)), flat(module.key(x)), flat(module.value(x)), EVERYWHERE, scale=1.0
-    )
-    torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * as_map(gathered, x))
-
-
-@pytest.mark.parametrize("energy", ["official", "paper"])
-def test_channel_is_the_formula(energy):
-    module = build("channel", energy=energy)
-    small = 0.3 * x
-    for b in range(2):
-        rows = small[b].flatten(1)
-        for i in range(8):
-            likeness = torch.stack([(rows[i] * rows[j]).sum() for j in range(8)])
-            weights = (likeness if energy == "paper" else likeness.max() - likeness).softmax(0)
-            gathered = sum(w * row for w, row in zip(weights, rows, strict=True)).view(5, 6)
-            torch.testing.assert_close(module(small)[b, i], small[b, i] + module.gamma[i] * gathered)
-
-
-def test_dual_adds_both_to_x_once():
-    module = build("dual")
-    of_position, of_channel = (part(x) - x for part in (module.position, module.by_channel))
-    torch.testing.assert_close(module(x), x + of_position + of_channel)
-
-
-@pytest.mark.parametrize("recurrence", [1, 2, 3])
-def test_criss_cross_is_masked_attention(recurrence):
-    module = build("criss_cross", recurrence=recurrence)
-    places = torch.cartesian_prod(torch.arange(5), torch.arange(6))
-    mask = (places[:, None] == places[None]).any(-1)  # of a row, or of a column
-    y = x
-    for _ in range(recurrence):
-        gathered = reference_attention(flat(module.query(y)), flat(module.key(y)), flat(module.value(y)), mask, 1.0)
-        y = y + module.gamma[:, None, None] * as_map(gathered, y)
-    torch.testing.assert_close(module(x), y)
-
-
 @pytest.mark.parametrize(("recurrence", "reached"), [(1, 10), (2, 30)])
 def test_criss_cross_reaches_everything_the_second_time(recurrence, reached):
     module = build("criss_cross", recurrence=recurrence)
@@ -146,82 +215,18 @@ def test_criss_cross_reaches_everything_the_second_time(recurrence, reached):
     assert ((module(x) - module(changed))[0].abs().amax(0) > 0).sum() == reached
 
 
-def test_lka_is_three_convolutions_and_a_product():
-    module = build("lka", start="paper")
-    seen = F.conv2d(F.pad(x, (2, 2, 2, 2)), module.near.weight, module.near.bias, groups=8)
-    seen = F.conv2d(F.pad(seen, (9, 9, 9, 9)), module.far.weight, module.far.bias, dilation=3, groups=8)
-    torch.testing.assert_close(module(x), x * F.conv2d(seen, module.point.weight, module.point.bias))
-    image = torch.zeros(1, 8, 31, 31).double().requires_grad_()
-    module.point(module.far(module.near(image)))[0, :, 15, 15].sum().backward()
-    assert (image.grad.abs().sum((0, 1)) > 0).any(0).sum() == 23
-
-
-def test_global_tokens_write_what_they_read():
+def test_global_tokens_reach_everything():
     module = build("global_tokens")
-    patches, _ = module.mixer(flat(x), module.tokens.expand(2, -1, -1))
-    torch.testing.assert_close(module(x), as_map(patches, x))
     changed = x.clone()
     changed[:, 0, 0, 0] += 1  # of one channel: a shift of all would be normalised away
     assert ((module(x) - module(changed))[0].abs().amax(0) > 0).all()
 
 
-def test_eca_is_a_convolution_over_the_channels():
-    module = build("eca", start="paper")
-    gates = torch.sigmoid(F.conv1d(x.mean((2, 3))[:, None], module.eca.conv.weight, padding=1))[:, 0]
-    torch.testing.assert_close(module(x), x * gates[:, :, None, None])
-
-
-def test_gca_multiplies_by_what_attention_gathers():
-    module = build("gca", start="paper")
-    weights = module.context.conv_attn(x).flatten(2).softmax(-1)
-    gathered = (x.flatten(2) * weights).sum(-1)[:, :, None, None]
-    torch.testing.assert_close(module(x), x * torch.sigmoid(module.context.mlp_scale(gathered)))
-
-
-def test_coord_gates_rows_and_columns():
-    module = build("coord", start="paper").coord
-    hidden = lambda pooled: F.hardswish(module.bn1(module.conv1(pooled)))  # noqa: E731
-    by_row = torch.sigmoid(module.conv_h(hidden(x.mean(3, keepdim=True))))
-    by_col = torch.sigmoid(module.conv_w(hidden(x.mean(2, keepdim=True))))
-    torch.testing.assert_close(module(x), x * by_row * by_col)
-
-
-@pytest.mark.parametrize("extent", [2, 3, None])
-def test_gather_excite_is_gates_of_the_regions(extent):
-    module = build("gather_excite", extent=extent, ratio=0.5, start="paper")
-    rows, cols = (1, 1) if extent is None else (-(-5 // extent), -(-6 // extent))
-    gathered = torch.zeros(2, 8, rows, cols).double()
-    for r in range(rows):
-        for c in range(cols):
-            near = (
-                [slice(max(0, i * extent - extent + 1), i * extent + extent) for i in (r, c)]
-                if extent
-                else [slice(None)] * 2
-            )
-            gathered[:, :, r, c] = x[:, :, near[0], near[1]].mean((2, 3))
-    excited = torch.sigmoid(module.excite(gathered))
-    for i in range(5):
-        for j in range(6):
-            region = excited[:, :, i * rows // 5, j * cols // 6]
-            torch.testing.assert_close(module(x)[:, :, i, j], x[:, :, i, j] * region)
-
-
-def heads_apart(module, tokens, heads):
-    """Query, key and value of all heads as images of their own: (B * heads, N, C / heads) each."""
-    qkv = module.qkv(tokens).unflatten(-1, (3, heads, -1))
-    return [part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2)]
-
-
-def heads_together(mixed, heads):
-    return mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
-
-
-def test_global_attention_is_the_reference_without_a_mask():
-    module = build("global_attention", heads=2)
-    query, key, value = heads_apart(module.attention, module.norm(flat(x)), 2)
-    mixed = heads_together(reference_attention(query, key, value, EVERYWHERE, 0.5), 2)
-    added = as_map(module.attention.proj(mixed), x)
-    torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * added)
+def test_lka_sees_twenty_three_places():
+    module = build("lka", start="paper")
+    image = torch.zeros(1, 8, 31, 31).double().requires_grad_()
+    module.point(module.far(module.near(image)))[0, :, 15, 15].sum().backward()
+    assert (image.grad.abs().sum((0, 1)) > 0).any(0).sum() == 23
 
 
 def test_dilated_sees_fifteen_places():
@@ -233,96 +238,9 @@ def test_dilated_sees_fifteen_places():
     assert not torch.allclose(module(x + 2) - module(x + 1), linear)  # the source's was linear
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5, 9])
-def test_neighbourhood_is_attention_behind_a_mask(kernel):
-    """The window of a place slides inwards at the edges."""
-    module = build("neighbourhood", kernel=kernel, heads=2)
-
-    def near(i, j, length):
-        size = min(kernel, length)
-        first = min(max(i - size // 2, 0), length - size)
-        return first <= j < first + size
-
-    places = [(r, c) for r in range(5) for c in range(6)]
-    mask = torch.tensor([[near(a[0], b[0], 5) and near(a[1], b[1], 6) for b in places] for a in places])
-    assert (mask.sum(1) == min(kernel, 5) * min(kernel, 6)).all()
-    query, key, value = heads_apart(module, module.norm(flat(x)), 2)
-    mixed = heads_together(reference_attention(query, key, value, mask, 0.5), 2)
-    torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * as_map(module.out(mixed), x))
-
-
-@pytest.mark.filterwarnings("ignore")  # NATTEN's own, of the slow path that it has for CPUs
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_natten_is_the_same_attention(kernel):
-    pytest.importorskip("natten")
-    query, key, value = torch.randn(3, 2, 9, 7, 2, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(by_natten(query, key, value, kernel), by_gathering(query, key, value, kernel))
-
-
-@pytest.mark.parametrize(("window", "stride"), [(3, 3), (3, 1), (4, 3), (7, 5), (2, 2)])
-def test_local_is_the_mean_of_masked_attentions(window, stride):
-    module = build("local", window=window, stride=stride, heads=2)
-    query, key, value = heads_apart(module, module.norm(flat(x)), 2)
-    places = torch.cartesian_prod(torch.arange(5), torch.arange(6))
-    total, count = torch.zeros(2, 30, 8).double(), torch.zeros(30)
-    for top in range(0, 5, stride):
-        for left in range(0, 6, stride):
-            inside = ((places >= torch.tensor([top, left])) & (places < torch.tensor([top, left]) + window)).all(1)
-            if (top and top + window - stride >= 5) or (left and left + window - stride >= 6):
-                continue  # the window before reaches the edge already
-            mixed = reference_attention(query, key, value, inside[None].expand(30, -1), 0.5)
-            total += torch.where(inside[:, None], module.out(heads_together(mixed, 2)), 0)
-            count += inside
-    assert (count > 0).all()
-    want = x + module.gamma[:, None, None] * as_map(total / count[:, None], x)
-    torch.testing.assert_close(module(x), want)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_ema_msa_is_the_paper(groups):
-    module = build("ema_msa", groups=groups, start="paper")
-    width = 8 // groups
-    for b in range(2):
-        for g in range(groups):
-            part = x[b, g * width : (g + 1) * width]  # (c, H, W)
-            rows, cols = (module.along(part.mean(axis)[None, :, :, None])[0, :, :, 0].sigmoid() for axis in (2, 1))
-            gated = part * rows[:, :, None] * cols[:, None, :]
-            mean, var = gated.mean((1, 2), keepdim=True), gated.var((1, 2), keepdim=True, correction=0)
-            first = (gated - mean) / (var + 1e-5).sqrt() * module.norm.weight[:, None, None] + module.norm.bias[
-                :, None, None
-            ]
-            second = module.around(part[None])[0]
-            gates = torch.zeros(5, 6).double()
-            for one, other in ((first, second), (second, first)):
-                for weight, channel in zip(one.mean((1, 2)).softmax(0), other, strict=True):
-                    gates += weight * channel
-            torch.testing.assert_close(module(x)[b, g * width : (g + 1) * width], part * gates.sigmoid())
-
-
-def test_mlka_is_three_kernels_each_with_its_gate():
-    module = build("mlka", channels=6)
-    y = x[:, :6]
-    normal = F.layer_norm(y.permute(0, 2, 3, 1), (6,), module.norm.weight, module.norm.bias).permute(0, 3, 1, 2)
-    attended, passed = module.first(normal)[:, :6], module.first(normal)[:, 6:]
-    parts = []
-    for i, (near, far, steps) in enumerate([(3, 5, 2), (5, 7, 3), (7, 9, 4)]):
-        part, (one, two, three) = attended[:, 2 * i : 2 * i + 2], module.large[i]
-        large = F.conv2d(part, one.weight, one.bias, padding=near // 2, groups=2)
-        large = F.conv2d(large, two.weight, two.bias, padding=steps * (far // 2), dilation=steps, groups=2)
-        gate = F.conv2d(part, module.gates[i].weight, module.gates[i].bias, padding=near // 2, groups=2)
-        parts.append(F.conv2d(large, three.weight, three.bias) * gate)
-    want = y + module.gamma[:, None, None] * module.last(passed * torch.cat(parts, 1))
-    torch.testing.assert_close(module(y), want)
-
-
-def test_large_kernel_is_the_sum_of_two_and_merges_into_one():
+def test_large_kernel_merges_into_one():
     module = build("large_kernel", kernel=13, start="paper")
-    sides = {"large": module.conv.large_conv, "small": module.conv.small_conv}
-    want = sum(
-        part.bn(F.conv2d(x, part.conv.weight, padding=part.conv.kernel_size[0] // 2, groups=8))
-        for part in sides.values()
-    )
-    torch.testing.assert_close(module(x), want)
+    want = form("large_kernel")(module, x)
     module.merge()
     torch.testing.assert_close(module(x), want)
     assert [name for name, _ in module.named_parameters()] == ["conv.reparam_conv.weight", "conv.reparam_conv.bias"]
@@ -339,38 +257,9 @@ def test_spatial_reduction_is_timms(reduction):
     torch.testing.assert_close(module(y), y + module.gamma[:, None, None] * as_map(mixed, y))
 
 
-@pytest.mark.parametrize("groups", [(2,), (1, 2, 4)])
-def test_emax_is_each_images_own_mixture(groups):
-    module = build("emax", groups=groups, start="paper")
-    shares = module.choose(x.mean((2, 3))).softmax(-1)
-    for b in range(2):
-        want = sum(share * one(x[b : b + 1]) for share, one in zip(shares[b], module.candidates, strict=True))
-        torch.testing.assert_close(module(x)[b : b + 1], want)
-    if len(groups) == 1:
-        assert torch.equal(module(x), module.candidates[0](x))
-
-
-@pytest.mark.parametrize("stripe", [1, 2, 4, 9])
-def test_cross_shaped_windows_are_attention_behind_masks(stripe):
-    module = build("cross_shaped_window", stripe=stripe, heads=4)
-    qkv = module.qkv(module.norm(x.permute(0, 2, 3, 1)))  # (B, H, W, 3 C)
-    query, key, value = qkv.chunk(3, dim=-1)
-    halves = []
-    places = torch.cartesian_prod(torch.arange(5), torch.arange(6))
-    for axis, part in ((0, slice(0, 4)), (1, slice(4, 8))):
-        band = places[:, axis] // stripe
-        heads = [t[..., part].flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2).flatten(0, 1)
-                 for t in (query, key, value)]  # fmt: skip
-        mixed = heads_together(reference_attention(*heads, band[:, None] == band[None], 2**-0.5), 2)
-        of_positions = torch.zeros(2, 4, 5, 6).double()
-        values = value[..., part].permute(0, 3, 1, 2)
-        for first in range(0, (5, 6)[axis], stripe):  # the convolution does not look over a band's edge
-            cut = [slice(None)] * 4
-            cut[2 + axis] = slice(first, first + stripe)
-            of_positions[tuple(cut)] = module.positions[axis](values[tuple(cut)])
-        halves.append(mixed + flat(of_positions))
-    want = x + module.gamma[:, None, None] * as_map(module.out(torch.cat(halves, -1)), x)
-    torch.testing.assert_close(module(x), want)
+def test_emax_of_one_candidate_is_that():
+    module = build("emax", groups=(2,), start="paper")
+    assert torch.equal(module(x), module.candidates[0](x))
 
 
 def test_dyt_is_the_formula_and_takes_the_place_of_every_layer_norm():
@@ -394,8 +283,8 @@ def test_deformable_without_offsets_attends_to_the_shrunken_map(groups):
     shrunken = F.interpolate(normal, size=(3, 3), mode="bilinear", align_corners=False)
     key, value = (flat(part) for part in module.key_value(shrunken).chunk(2, dim=1))
     query = flat(module.query(normal))
-    heads = [part.unflatten(-1, (2, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
-    mixed = heads_together(reference_attention(*heads, torch.ones(30, 9, dtype=torch.bool), 0.5), 2)
+    heads = [by_heads(part, 2)[0] for part in (query, key, value)]
+    mixed = together(masked_attention(*heads, scale=0.5))
     torch.testing.assert_close(module(x), x + module.gamma[:, None, None] * module.out(as_map(mixed, x)))
 
 
@@ -450,22 +339,6 @@ def test_multipole_reaches_everything_with_either_sampling():
         assert ((module(y) - module(changed)).abs().amax((0, 1)) > 0).all()
 
 
-def test_ppm_is_the_paper():
-    module = build("ppm", bins=(1, 3), start="paper").pyramid
-    parts = [x]
-    for bins, layer in zip((1, 3), module.pooled, strict=True):
-        pooled = torch.zeros(2, 8, bins, bins).double()
-        for r in range(bins):
-            for c in range(bins):
-                rows = slice(r * 5 // bins, -(-(r + 1) * 5 // bins))
-                cols = slice(c * 6 // bins, -(-(c + 1) * 6 // bins))
-                pooled[:, :, r, c] = x[:, :, rows, cols].mean((2, 3))
-        small = F.relu(layer[1](F.conv2d(pooled, layer[0].weight)))
-        parts.append(F.interpolate(small, size=(5, 6), mode="bilinear", align_corners=True))
-    want = F.relu(module.join[1](F.conv2d(torch.cat(parts, 1), module.join[0].weight, padding=1)))
-    torch.testing.assert_close(module(x), want)
-
-
 def test_aspp_is_torchvisions():
     module = build("aspp", rates=(1, 2), start="paper")
     other = torchvision.models.segmentation.deeplabv3.ASPP(8, [1, 2], 8).double().eval()
@@ -478,35 +351,9 @@ def test_heads_may_change_the_channels():
     assert pyramid(8, 5)(x.float()).shape == (2, 5, 5, 6)
 
 
-def test_acmix_is_the_paper_place_by_place():
-    module = build("acmix", kernel=3, heads=2, start="paper")
-    with torch.no_grad():  # as it begins: each map read at its own place around
-        module.move.weight.copy_(torch.eye(9).view(9, 3, 3).expand(8, -1, -1, -1))
-        module.move.bias.zero_()
-    query, key, value = (part.unflatten(1, (2, 4)) for part in module.qkv(x).chunk(3, dim=1))  # (B, 2, 4, H, W)
-    rows, cols = torch.linspace(-1, 1, 5).double(), torch.linspace(-1, 1, 6).double()
-    at = lambda i, j: module.position(torch.stack([cols[j], rows[i]])[None, :, None, None])[0, :, 0, 0]  # noqa: E731
-    maps = torch.einsum("nh,bhcyx->bncyx", module.maps.weight[:, :, 0, 0], torch.cat([query, key, value], 1))
-    around = [(u, v) for u in (-1, 0, 1) for v in (-1, 0, 1)]
-    want = torch.zeros(2, 8, 5, 6).double()
-    for b in range(2):
-        for i in range(5):
-            for j in range(6):
-                inside = [(min(max(i + u, 0), 4), min(max(j + v, 0), 5)) for u, v in around]
-                for h in range(2):
-                    logits = torch.stack(
-                        [
-                            (query[b, h, :, i, j] * (key[b, h, :, r, c] + at(i, j) - at(r, c))).sum() / 2
-                            for r, c in inside
-                        ]
-                    )
-                    parts = zip(logits.softmax(0), inside, strict=True)
-                    want[b, 4 * h : 4 * h + 4, i, j] += module.rates[0] * sum(
-                        w * value[b, h, :, r, c] for w, (r, c) in parts
-                    )
-                moved = sum(
-                    maps[b, n, :, i + u, j + v]
-                    for n, (u, v) in enumerate(around) if 0 <= i + u < 5 and 0 <= j + v < 6
-                )  # fmt: skip
-                want[b, :, i, j] += module.rates[1] * moved.repeat_interleave(2)  # C / 4 outputs of each of 4 groups
-    torch.testing.assert_close(module(x), want)
+@pytest.mark.filterwarnings("ignore")  # NATTEN's own, of the slow path that it has for CPUs
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_natten_is_the_same_attention(kernel):
+    pytest.importorskip("natten")
+    query, key, value = torch.randn(3, 2, 9, 7, 2, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(by_natten(query, key, value, kernel), by_gathering(query, key, value, kernel))
