@@ -63,4 +63,5 @@ def demo() -> Recipe:
     )
 
 
-DEMO_VIT = '{"patch_size": 4, "depth": 3, "global_pool": "avg", "fc_norm": false, "dynamic_img_size": true}'
+# The ViT of dino's and mae's demos, so that a run from scratch can be compared with one from their exports.
+DEMO_VIT = '{"patch_size": 8, "depth": 3, "fc_norm": false, "dynamic_img_size": true, "dynamic_img_pad": true}'
