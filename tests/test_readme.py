@@ -107,6 +107,7 @@ def test_the_walk_finds_the_commands():
         "pip install -e .",
         "pip install -e '.[test]'",
         "pytest",
+        "python -m benchmarks attention",
         "python -m benchmarks data",
         "python -m benchmarks swin",
     }
