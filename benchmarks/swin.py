@@ -299,6 +299,7 @@ class Step:
             "seeds": list(range(images)),
             "key": [""] * images,
             "label": torch.full((images,), -1, device=device),
+            "mask": None,
         }
 
     def __call__(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from ssl_global.encoders.pretrained import PretrainedConfig
 from ssl_global.finetuning.classify import ClassifyConfig
+from ssl_global.finetuning.segment import SegmentConfig
 from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
 
 
@@ -60,6 +61,37 @@ def demo() -> Recipe:
         eval=Eval(every=94),
         log=Log(every=20),
         checkpoint=Checkpoint(every=200),
+    )
+
+
+def segment() -> Recipe:
+    """Segmentation, ViT-B with UPerNet: MAE's setting for ADE20K (appendix A.4) as far as it says; the rest is ours."""
+    paper = recipe()
+    return replace(
+        paper,
+        data=Data(),
+        views=Views(globals=Crops(count=1, pixels=512, area=(0.25, 1.0), jitter=0.5)),
+        encoder=replace(paper.encoder, drop_path=0.1),
+        method=SegmentConfig(head="upernet", layer_decay=0.65),
+        optim=replace(paper.optim, lr_per_256_images=1.6e-3, lr_end=0.0),  # 1e-4 at a batch of 16
+        train=Train(epochs=100, global_batch=16, precision="bf16"),
+        eval=Eval(every=2000),
+    )
+
+
+def segment_demo() -> Recipe:
+    """The same road on two CPU cores, shapes to be found on photographs. All its numbers are ours."""
+    paper = segment()
+    return replace(
+        paper,
+        views=Views(globals=Crops(count=1, pixels=64, area=(0.5, 1.0))),
+        encoder=PretrainedConfig(name="vit_tiny_patch16_224", model_args=DEMO_VIT, drop_path=0.0),
+        method=replace(paper.method, width=32, layer_decay=0.8),
+        optim=replace(paper.optim, lr_per_256_images=2e-2, warmup_epochs=1),
+        train=Train(epochs=8, global_batch=16),
+        eval=Eval(every=150),
+        log=Log(every=20),
+        checkpoint=Checkpoint(every=100),
     )
 
 

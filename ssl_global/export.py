@@ -12,6 +12,7 @@ transformers' TimmWrapperModel then passes twice; older ones keep the input size
 import copy
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from ssl_global.attention.attach import Attachment, attach
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
+from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.recipe import Data, Recipe, as_json
 
 CROP_SHARE = 0.875  # of the shorter side, as in our own evaluation: 224 of 256
@@ -77,14 +79,15 @@ def write_model(encoder: Encoder, folder: Path, data: Data) -> None:
 
 def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
     """What timm's hub format asks for."""
-    own: dict[str, Any] = encoder.model.pretrained_cfg  # type: ignore[assignment]
+    owner = encoder.backbone if isinstance(encoder, Segmenter) else encoder.model
+    own: dict[str, Any] = owner.pretrained_cfg  # type: ignore[assignment]
     return {
         "architecture": encoder.architecture,
         "num_classes": encoder.num_classes,
         "num_features": encoder.width,
         "model_args": encoder.model_args,
         **({"label_names": list(encoder.classes)} if encoder.classes else {}),
-        **({"attention": attention} if (attention := Attachment(encoder.model).modules) else {}),
+        **more_of(encoder),
         "pretrained_cfg": {
             "input_size": [encoder.channels, encoder.pixels, encoder.pixels],
             "fixed_input_size": False,
@@ -116,7 +119,7 @@ def prove(encoder: Encoder, folder: Path) -> int:
         difference = (model(batch) - ours).abs().max().item()
         if difference != 0:
             raise RuntimeError(f"export: the loaded model says something else of the same images, by {difference:.2g}")
-        if Attachment(encoder.model).places:
+        if is_ours(encoder):
             return len(expected)
         # The last stage only: by default timm asks for three or more, which a small model may not have.
         stages = load(folder, features_only=True, out_indices=[-1])(batch)
@@ -132,6 +135,8 @@ def load(folder: Path, **options: Any) -> torch.nn.Module:
     """
     folder = Path(folder)
     found = json.loads((folder / "config.json").read_text())
+    if "segmenter" in found:
+        return segmenter(folder, found["segmenter"])
     if not found.get("attention"):
         model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
         return model.eval()
@@ -142,6 +147,26 @@ def load(folder: Path, **options: Any) -> torch.nn.Module:
     attach(model, {place: tuple(chosen) for place, chosen in found["attention"].items()}, input_size=size)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
+
+
+def more_of(encoder: Encoder) -> dict[str, Any]:
+    """What our own `load` needs besides timm's configuration."""
+    if isinstance(encoder, Segmenter):
+        return {"segmenter": asdict(encoder.spec)}
+    attention = Attachment(encoder.model).modules
+    return {"attention": attention} if attention else {}
+
+
+def segmenter(folder: Path, spec: dict[str, Any]) -> torch.nn.Module:
+    tuples = {"classes": tuple(spec["classes"]), "attention": {p: tuple(c) for p, c in spec["attention"].items()}}
+    model = Segmenter(SegmenterSpec(**(spec | tuples))).model
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def is_ours(encoder: Encoder) -> bool:
+    """Whether it has parts that timm does not know."""
+    return bool(more_of(encoder))
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor], *, where: str) -> None:
@@ -211,6 +236,14 @@ def how_to_load(encoder: Encoder) -> str:
     ours = type(encoder.model).__module__.startswith("ssl_global.")
     register = "import ssl_global  # timm knows the architecture from here on\n" if ours else ""
     transform = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+    if isinstance(encoder, Segmenter):
+        return f"""```python
+from ssl_global.export import load
+from ssl_global.inference.sliding_window import SlidingWindow
+
+model = load("PATH/OF/THIS/FOLDER")  # (B, {encoder.channels}, H, W) -> (B, {encoder.num_classes}, H, W)
+model = SlidingWindow(model, window={encoder.pixels}, overlap={encoder.pixels // 4}, margin=0)  # as it was judged
+```"""
     if attached(encoder):
         return f"""```python
 import timm

@@ -3,21 +3,27 @@
 accelerate launch finetune.py --backbone runs/dino/export --data photos/ --val val/ --attention non_local
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 
 from ssl_global import command_line
 from ssl_global.command_line import Command, option
-from ssl_global.data.source import Source
+from ssl_global.data.masks import Masks
+from ssl_global.data.sample import built_in_shapes
+from ssl_global.data.source import Source, open_source
 from ssl_global.data.stream import Stream
 from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
 from ssl_global.errors import UserError
 from ssl_global.export import export
 from ssl_global.finetuning.classify import Classify, ClassifyConfig
-from ssl_global.finetuning.judge import ClassJudge
+from ssl_global.finetuning.judge import ClassJudge, MaskJudge
+from ssl_global.finetuning.segment import Segment, SegmentConfig
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 from ssl_global.training.job import Job, do
@@ -27,13 +33,17 @@ MOST_CLASSES = 2**20  # ours: of numbered labels without names
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Command):
-    """Fine-tune a backbone on images with labels.
+    """Fine-tune a backbone on images with labels, or with masks.
 
-    Without --data it runs the recipe's demo() on a built-in sample of photographs; with it, recipe(), the paper's
-    setting. A recipe given as a .py file is a program: it is run.
+    Without --data it runs the recipe's demo() on a built-in sample of photographs, with --task segment segment_demo();
+    with it, recipe() or segment(), the papers' settings. A recipe given as a .py file is a program: it is run.
     """
 
     backbone: str | None = None  # an export's or a run's folder, or a timm name: with its .tag pretrained
+    task: Literal["classify", "segment"] = "classify"  # a class for each image, or for each pixel
+    head: str | None = None  # of --task segment: linear, fcn, ppm, aspp, danet, ccnet, upernet
+    masks: str | None = None  # of --task segment: PNG files of class numbers named as --data's images, or shards
+    val_masks: str | None = None  # the same for --val
     attention: tuple[str, ...] = ()  # modules to put in: non_local, PLACE=MODULE, 'PLACE=MODULE(option=value)'
 
     program: ClassVar[str] = "finetune.py"
@@ -41,20 +51,33 @@ class Finetune(Command):
 
     @classmethod
     def function(cls, argv: list[str]) -> str:
-        return "demo" if option(argv, "--data") is None else "recipe"
+        demo = option(argv, "--data") is None
+        if option(argv, "--task") == "segment":
+            return "segment_demo" if demo else "segment"
+        return "demo" if demo else "recipe"
 
     def filled_in(self) -> Self:
         settings = self.settings
-        encoder = settings.encoder
-        if not isinstance(encoder, PretrainedConfig) or not isinstance(settings.method, ClassifyConfig):
+        encoder, method = settings.encoder, settings.method
+        kind = {"classify": ClassifyConfig, "segment": SegmentConfig}[self.task]
+        if not isinstance(encoder, PretrainedConfig):
             raise UserError(f"--recipe {self.recipe}: a recipe for pretrain.py; finetune would be right")
+        if not isinstance(method, kind):
+            raise UserError(f"--task {self.task}: the recipe {self.recipe} is for another task")
         if self.attention:
             encoder = replace(encoder, attention=self.attention)
         if self.backbone is not None:
             encoder = of_backbone(encoder, self.backbone)
-        if self.data is not None and self.val is None:
+        if isinstance(method, SegmentConfig):
+            if self.head is not None:
+                method = replace(method, head=self.head)
+            if self.data is not None and None in (self.masks, self.val, self.val_masks):
+                raise UserError("--task segment needs --data, --masks, --val and --val-masks")
+        elif given := [name for name in ("head", "masks", "val_masks") if getattr(self, name) is not None]:
+            raise UserError(f"--{given[0].replace('_', '-')} is of --task segment")
+        elif self.data is not None and self.val is None:
             raise UserError("--val is missing: labelled images to judge on, a folder with class folders, or shards")
-        return replace(self, settings=replace(settings, encoder=encoder))
+        return replace(self, settings=replace(settings, encoder=encoder, method=method))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def finetune(command: Finetune, overridden: dict[str, object]) -> None:
-    do(JOB, command, overridden)
+    do(segment_job(command) if command.task == "segment" else CLASSIFY, command, overridden)
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
 
 
 def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe:
@@ -110,7 +136,7 @@ def refuse_other_classes(classes: tuple[str, ...], train: Source, val: Source) -
 
 
 def begin(method: Method, recipe: Recipe) -> None:
-    assert isinstance(method, Classify)
+    assert isinstance(method, Classify | Segment)
     assert isinstance(recipe.encoder, PretrainedConfig)
     if recipe.encoder.weights is not None:
         method.begin_from(recipe.encoder.weights)
@@ -128,10 +154,71 @@ def say_summary(figures: dict[str, Any]) -> list[str]:
     return [done, f"{right}; calibration error {figures['ece']:.3f}", f"export {figures['export']}"]
 
 
-JOB = Job(
+CLASSIFY = Job(
     settle=settle, begin=begin, judge=ClassJudge, export=export, figures=("top1", "top5", "ece"),
     say_baselines=say_baselines, say_summary=say_summary,
 )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- pixels
+
+
+class Segmentation:
+    """The parts of the job that know the masks."""
+
+    def __init__(self, command: Finetune) -> None:
+        self.command = command
+        self.masks: Masks | None = None
+        self.val_masks: Masks | None = None
+
+    def open(self, command: Command, accelerator: Accelerator) -> tuple[Source | Stream, Source | None]:
+        if command.data is None:
+            with accelerator.local_main_process_first():  # it writes the sample, the others find it
+                paths = built_in_shapes()
+        else:
+            paths = {name: str(getattr(self.command, name)) for name in ("data", "masks", "val", "val_masks")}
+        train, val = open_source(paths["data"]), open_source(paths["val"])
+        self.masks, self.val_masks = Masks(paths["masks"], train), Masks(paths["val_masks"], val)
+        return train, val
+
+    def settle(self, recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe:
+        """The classes are the masks'."""
+        method = recipe.method
+        assert isinstance(method, SegmentConfig)
+        assert self.masks is not None
+        assert self.val_masks is not None
+        visible = os.environ.get("RANK", "0") == "0"
+        count = self.masks.check(recipe.data, num_classes=len(method.classes) or None, visible=visible)
+        self.val_masks.check(recipe.data, num_classes=count, visible=visible)
+        if count < 2:
+            raise UserError(f"--masks {self.masks.path}: one class only: nothing to tell apart")
+        return replace(recipe, method=replace(method, classes=method.classes or tuple(map(str, range(count)))))
+
+    def judge(
+        self, recipe: Recipe, train: Source | None, val: Source, device: torch.device, between: Callable[[], None]
+    ) -> MaskJudge:
+        assert isinstance(recipe.method, SegmentConfig)
+        assert self.val_masks is not None
+        return MaskJudge(recipe, val, self.val_masks, device, between, recipe.method.overlap)
+
+
+def say_untrained(figures: dict[str, float]) -> str:
+    return f"before training: mIoU {figures['miou_untrained']:.3f}\n"
+
+
+def say_segmented(figures: dict[str, Any]) -> list[str]:
+    done = f"done: {figures['steps']} steps, {figures['images']} images in {figures['seconds']:.0f} s of training"
+    miou = f"mIoU {figures['miou']:.3f} (before training {figures['miou_untrained']:.3f})"
+    return [done, f"{miou}, pixels right {figures['pixel_accuracy']:.3f}", f"export {figures['export']}"]
+
+
+def segment_job(command: Finetune) -> Job:
+    parts = Segmentation(command)
+    return Job(
+        settle=parts.settle, begin=begin, judge=parts.judge, export=export, figures=("miou", "pixel_accuracy"),
+        say_baselines=say_untrained, say_summary=say_segmented, open=parts.open, masks=lambda: parts.masks,
+    )  # fmt: skip
+
 
 if __name__ == "__main__":
     main()

@@ -13,13 +13,13 @@ ALLOWED = {
     "schedules": set(),
     "recipe": {"errors", "encoders", "methods"},  # the two only for signatures
     "attention": set(),
-    "finetuning": NEUTRAL | {"attention", "data", "encoders", "methods", "evaluation"},
+    "finetuning": NEUTRAL | {"attention", "data", "encoders", "methods", "evaluation", "inference"},
     "inference": set(),
     "data": NEUTRAL,
     "encoders": NEUTRAL | {"attention"},
     "methods": NEUTRAL | {"encoders"},
     "evaluation": NEUTRAL | {"data", "encoders", "methods"},
-    "export": NEUTRAL | {"attention", "encoders"},
+    "export": NEUTRAL | {"attention", "encoders", "finetuning"},
     "command_line": NEUTRAL,
     "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "command_line"},
 }
@@ -54,7 +54,7 @@ def test_arrows_run_down():
 
 def test_only_training_and_the_job_import_accelerate():
     users = {room(file) for file in FILES if any(name.split(".")[0] == "accelerate" for name in imports(file))}
-    assert users == {"training"}
+    assert users == {"training", "finetune"}
 
 
 def test_methods_know_neither_each_other_nor_the_loop_and_the_loop_names_none():

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ssl_global.data.decode import BadImage, Encoded, look
+from ssl_global.data.masks import Masks, cut_mask
 from ssl_global.data.order import Order
 from ssl_global.data.randomness import VIEWS, stream
 from ssl_global.data.source import Source, counted
@@ -43,6 +45,7 @@ class Candidate(NamedTuple):
     key: str
     label: int  # -1: none
     read: Callable[[], bytes]
+    mask: Callable[[], np.ndarray] | None = None  # of the sample's pixels: uint8 (H, W)
 
 
 class Samples(Protocol):
@@ -55,15 +58,16 @@ class Samples(Protocol):
 class Indexed:
     """The samples of a source; the neighbours behind a sample may take its place."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, masks: Masks | None = None) -> None:
+        self.source, self.masks = source, masks
 
     def candidates(self, sample: int) -> Iterator[Candidate]:
         source = self.source
         for tried in range(min(1 + REPLACEMENTS, len(source))):
             used = (sample + tried) % len(source)
             label = -1 if source.labels is None else int(source.labels[used])
-            yield Candidate(source.key(used), label, lambda used=used: source.read(used))  # type: ignore[misc]
+            mask = None if self.masks is None else partial(self.masks.read, used)
+            yield Candidate(source.key(used), label, partial(source.read, used), mask)
 
 
 class Task(NamedTuple):
@@ -104,9 +108,9 @@ class Decoder:
         """Never raises: whatever goes wrong is told in the batch, so that all processes stop at the same step."""
         filled = Filled()
         try:
-            for filled.key, filled.label, read in self.samples.candidates(task.sample):
+            for filled.key, filled.label, read, mask in self.samples.candidates(task.sample):
                 try:
-                    return self.views_of(read(), task, filled)
+                    return self.views_of(read(), task, filled, mask)
                 except BadImage as reason:
                     filled.bad.append((filled.key, str(reason)))
         except UserError as error:  # the data is no longer what it was: no other sample helps
@@ -117,11 +121,17 @@ class Decoder:
         others = f", nor any of the {len(filled.bad) - 1} samples behind it" if len(filled.bad) > 1 else ""
         return self.lost(filled, task, f"{first} cannot be read ({said}){others}")
 
-    def views_of(self, data: bytes, task: Task, filled: Filled) -> Filled:
+    def views_of(self, data: bytes, task: Task, filled: Filled, read_mask: Callable[[], np.ndarray] | None) -> Filled:
         image = look(data, self.data.channels, self.data.max_pixels)
         drawn = self.draw(image.size, task, filled)
         self.cut(image, drawn, task)
-        for kind, into in zip(self.kinds, self.ring[task.slot], strict=True):
+        if read_mask is not None:
+            mask = read_mask()
+            if mask.shape != image.size:
+                raise UserError(f"{filled.key}: {image.size} pixels high and wide, and its mask {mask.shape}")
+            for row, once in enumerate(drawn, start=task.row):
+                cut_mask(mask, once[0], self.ring[task.slot][-1][row])
+        for kind, into in zip(self.kinds, self.ring[task.slot], strict=False):
             if kind.augment:
                 for row, seed in enumerate(filled.seeds, start=task.row):
                     augment(into[row], kind.augment, self.data.normalisation[0], seed)
@@ -142,7 +152,7 @@ class Decoder:
         by = shrink_of([pair for once in drawn for pair in zip(once, pixels, strict=True)]) if image.can_shrink else 1
         whole, small = (image.pixels(), None) if by == 1 else (None, image.shrunk(by))
         for row, once in enumerate(drawn, start=task.row):
-            for crops, into in zip(once, self.ring[task.slot], strict=True):
+            for crops, into in zip(once, self.ring[task.slot], strict=False):
                 if whole is not None:
                     cut(whole, crops, into[row])
                 elif small is not None:
@@ -163,11 +173,12 @@ class Loader:
     micro_batches   the images (places in the endless row, times data.repeats) of each
     processes_here  training processes on this machine: they share its cores
     pin             whether the ring is pinned memory, from which a GPU copies by itself
+    masks           whether the samples have masks: the last room of a slot is for those of the global views
     """
 
     def __init__(
         self, samples: Samples, order: Order, recipe: Recipe, micro_batches: Iterable[range], *,
-        micro_batch: int, processes_here: int = 1, pin: bool = False,
+        micro_batch: int, processes_here: int = 1, pin: bool = False, masks: bool = False,
     ) -> None:  # fmt: skip
         self.order = order
         self.data = recipe.data
@@ -175,19 +186,20 @@ class Loader:
         self.num_workers = num_workers(recipe.data, processes_here)
         ahead = max(AHEAD, math.ceil(SAMPLES_AHEAD * self.num_workers * recipe.data.repeats / micro_batch))
         num_slots = 1 + (ahead if self.num_workers else 0)
-        self.ring = [self.slot(recipe, micro_batch, pin) for _ in range(num_slots)]
+        self.ring = [self.slot(recipe, micro_batch, pin, masks) for _ in range(num_slots)]
         self.decoder = Decoder(samples, recipe, self.ring)
 
-    def slot(self, recipe: Recipe, micro_batch: int, pin: bool) -> list[Tensor]:
+    def slot(self, recipe: Recipe, micro_batch: int, pin: bool, masks: bool) -> list[Tensor]:
         """Room for a micro-batch: uint8 (B, count, C, H, W) for each kind, the channels side by side in memory."""
         shared = self.num_workers > 0 and recipe.data.worker_kind == "processes"
 
-        def room(kind: Crops) -> Tensor:
-            shape = (micro_batch, kind.count, kind.pixels, kind.pixels, recipe.data.channels)
+        def room(kind: Crops, channels: int = recipe.data.channels) -> Tensor:
+            shape = (micro_batch, kind.count, kind.pixels, kind.pixels, channels)
             memory = torch.zeros(shape, dtype=torch.uint8, pin_memory=pin and not shared)
             return (memory.share_memory_() if shared else memory).permute(0, 1, 4, 2, 3)
 
-        return [room(kind) for kind in recipe.views.groups().values()]
+        rooms = [room(kind) for kind in recipe.views.groups().values()]
+        return [*rooms, room(recipe.views.globals, channels=1)] if masks else rooms
 
     def describe(self) -> str:
         """One line: "2 threads into a ring of 3 x 64 images, 101 MB"."""
@@ -234,9 +246,9 @@ class Loader:
             return [self.decoder.lost(Filled(), task, why) for task in tasks]
 
     def batch(self, slot: int, filled: list[Filled]) -> Batch:
-        """{"crops": [uint8 (B, count, C, H, W) for each kind], "colours": [(B, count, numbers)...], "seed", ...}."""
+        """{"crops": [uint8 (B, count, C, H, W) for each kind, and masks], "colours": [(B, count, numbers)...], ...}."""
         repeats = self.data.repeats
-        kinds = range(len(self.ring[slot]))
+        kinds = range(len(self.decoder.kinds))
         return {
             "crops": self.ring[slot],
             "colours": [torch.from_numpy(np.stack([c for f in filled for c in f.colours[kind]])) for kind in kinds],
@@ -273,7 +285,8 @@ def to_device(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
     """A loaded batch as a method wants it: painted, normalised views on the device."""
     views: list[Tensor] = []
     seeds = batch["seed"].tolist()
-    for kind, crops, colours in zip(recipe.views.groups().values(), batch["crops"], batch["colours"], strict=True):
+    kinds = recipe.views.groups().values()
+    for kind, crops, colours in zip(kinds, batch["crops"], batch["colours"], strict=False):  # masks have no colours
         painted = paint(crops.to(device, non_blocking=True), colours, *recipe.data.normalisation)
         if kind.erase:
             for view in painted:
@@ -285,4 +298,5 @@ def to_device(batch: Batch, recipe: Recipe, device: torch.device) -> Batch:
         "seeds": seeds,
         "label": batch["label"].to(device, non_blocking=True),
         "key": batch["key"],
+        "mask": batch["crops"][-1][:, 0, 0].to(device).long() if len(batch["crops"]) > len(kinds) else None,
     }

@@ -16,6 +16,7 @@ ORDER = 1  # of the blocks of an epoch
 VIEWS = 2  # of a sample in an epoch
 STEP = 3  # of a process in a step: drop path
 SAMPLE = 4  # of the built-in sample's crops
+SHAPE = 6  # of the built-in sample's shapes
 WINDOW = 5  # of the samples of a window of an epoch
 
 

@@ -142,21 +142,31 @@ class Pretrained(Encoder):
 
     def begin_from(self, weights: str) -> None:
         """Reads the weights. Raises UserError if they cannot be had, or are not this model's."""
-        where = f"local-dir:{weights}" if Path(weights).is_dir() else weights
         own = {name: value for name, value in self.model_args.items() if name != "global_pool"}
-        try:
-            with torch.random.fork_rng(devices=[]):
-                source = timm.create_model(where, pretrained=True, num_classes=0, **own)
-        except Exception as error:  # of many kinds: the hub's, safetensors', timm's
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{weights}: its weights cannot be loaded: {reason}") from error
-        ours = self.model.state_dict()
-        found = renamed(source.state_dict(), ours)
-        new = {f"{prefix}." for prefix, part in self.model.named_modules() if part in self.new_parts()}
-        missing = [key for key in ours if key not in found and not key.startswith(tuple(new))]
-        if missing:
-            raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {self.architecture}")
-        self.model.load_state_dict({key: value for key, value in found.items() if key in ours}, strict=False)
+        source = weights_of(weights, num_classes=0, **own)
+        load_all_but(self.new_parts(), self.model, renamed(source, self.model.state_dict()), weights)
+
+
+def weights_of(weights: str, **options: Any) -> dict[str, Tensor]:
+    """Of an export's folder, or of timm's published model of that name. Raises UserError if they cannot be had."""
+    where = f"local-dir:{weights}" if Path(weights).is_dir() else weights
+    try:
+        with torch.random.fork_rng(devices=[]):
+            state: dict[str, Tensor] = timm.create_model(where, pretrained=True, **options).state_dict()
+            return state
+    except Exception as error:  # of many kinds: the hub's, safetensors', timm's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{weights}: its weights cannot be loaded: {reason}") from error
+
+
+def load_all_but(new_parts: list[nn.Module], model: nn.Module, found: dict[str, Tensor], weights: str) -> None:
+    """Raises UserError if `found` lacks a tensor that is in none of the new parts."""
+    ours = model.state_dict()
+    new = tuple(f"{prefix}." for prefix, part in model.named_modules() if part in new_parts)
+    missing = [key for key in ours if key not in found and not key.startswith(new)]
+    if missing:
+        raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {type(model).__name__}")
+    model.load_state_dict({key: value for key, value in found.items() if key in ours}, strict=False)
 
 
 def renamed(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:

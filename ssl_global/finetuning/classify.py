@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup, mixup_target
-from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from ssl_global.data.randomness import seeded
 from ssl_global.encoders.pretrained import Pretrained
 from ssl_global.errors import wrong
+from ssl_global.finetuning.layers import layer_scales, layered
 from ssl_global.methods.method import Batch, Method, ParameterGroup
 from ssl_global.methods.teacher import follow, move_teacher
 from ssl_global.recipe import MethodConfig, in_range, not_longer_than_run
@@ -153,27 +153,8 @@ class Classify(Method):
                 ours.copy_(theirs)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        return layered(self.model, self.config.layer_decay, self.config.gate_lr_times)
+        scales = layer_scales(self.model.model, self.config.layer_decay)
+        return layered(self.model.model, self.model.attachment, scales, self.config.gate_lr_times)
 
     def backbones(self) -> dict[str, Any]:
         return ({"average": self.average} if self.average is not None else {}) | {"model": self.model}
-
-
-def layered(encoder: Pretrained, layer_decay: float, gate_lr_times: float) -> list[ParameterGroup]:
-    """timm's layers of the backbone; attention modules learn at the head's rate, their gates faster and undecayed."""
-    attachment = encoder.attachment
-    gates = {id(p) for one in attachment.places.values() for p in one.attention.gate_parameters()}
-    attached = [p for p in attachment.parameters() if p.requires_grad]
-    apart = {id(p) for p in attached}
-    kept = encoder.model.no_weight_decay() if hasattr(encoder.model, "no_weight_decay") else ()
-    groups: list[ParameterGroup] = [
-        {"params": [p for p in group["params"] if id(p) not in apart], "decays": group["weight_decay"] > 0,
-         "lr_scale": group["lr_scale"]}
-        for group in param_groups_layer_decay(encoder.model, 1.0, kept, layer_decay=layer_decay)
-    ]  # fmt: skip
-    groups += [
-        {"params": [p for p in attached if id(p) in gates], "decays": False, "lr_scale": gate_lr_times},
-        {"params": [p for p in attached if id(p) not in gates and p.ndim > 1], "decays": True, "lr_scale": 1.0},
-        {"params": [p for p in attached if id(p) not in gates and p.ndim <= 1], "decays": False, "lr_scale": 1.0},
-    ]
-    return [group for group in groups if group["params"]]

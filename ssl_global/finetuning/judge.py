@@ -1,15 +1,21 @@
-"""How good a fine-tuned classifier is by now: on labelled images that it did not learn from."""
+"""How good a fine-tuned model is by now: on labelled images that it did not learn from."""
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ssl_global.data.decode import BadImage, decode
+from ssl_global.data.masks import IGNORED, Masks
 from ssl_global.data.source import Source
-from ssl_global.evaluation.features import extract
+from ssl_global.data.views import normalise
+from ssl_global.evaluation.features import extract, share_of_this_process
 from ssl_global.evaluation.judge import PRECISIONS
-from ssl_global.finetuning.metrics import Classified
+from ssl_global.finetuning.metrics import Classified, Segmented
+from ssl_global.inference.sliding_window import SlidingWindow
 from ssl_global.recipe import Recipe
 
 SAID = ("top1", "top5", "mean_class_accuracy", "ece", "nll")
@@ -52,6 +58,63 @@ class ClassJudge:
                 return answers
 
         return logits
+
+    def verdicts(self) -> list[str]:
+        return []
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Nothing is warned of."""
+
+
+class MaskJudge:
+    """See training.loop.Figures. Each image as it is, in windows of the size that was trained on where it is larger."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        val: Source,
+        masks: Masks,
+        device: torch.device,
+        between: Callable[[], None],
+        overlap: float,
+    ) -> None:
+        self.recipe, self.val, self.masks, self.device = recipe, val, masks, device
+        self.between, self.overlap = between, overlap
+        self.last: Segmented | None = None
+
+    def baselines(self, encoder: Any) -> dict[str, float]:
+        """{"miou_untrained"}: of the head before its first step."""
+        return {"miou_untrained": self.evaluate(encoder, final=False)["miou"]}
+
+    def evaluate(self, encoder: Any, *, final: bool) -> dict[str, float]:
+        training = encoder.training
+        encoder.eval()
+        window = encoder.pixels
+        model = SlidingWindow(encoder.model, window, int(self.overlap * window), margin=0)
+        self.last = Segmented(num_classes=encoder.num_classes, ignore_index=IGNORED, device="cpu")
+        dtype = PRECISIONS[self.recipe.train.precision]
+        data = self.recipe.data
+        share = share_of_this_process(np.arange(len(self.val)))
+        for turn, index in enumerate(share):
+            self.between()  # as often on every process
+            if turn and index <= share[turn - 1]:  # one to make the shares equally long: it was counted
+                continue
+            try:
+                image = decode(self.val.read(int(index)), data.channels, data.max_pixels)
+                mask = self.masks.read(int(index))
+            except BadImage:
+                continue  # as in training: what cannot be read is not judged
+            images = normalise(image[None].to(self.device), *data.normalisation)
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images)
+            self.last.update(logits.float().cpu(), torch.from_numpy(mask)[None])
+        if dist.is_initialized():
+            sums = self.last.sums.to(self.device)
+            dist.all_reduce(sums)
+            self.last.sums = sums.cpu()
+        encoder.train(training)
+        figures = self.last.figures()
+        return {name: figures[name] for name in ("miou", "pixel_accuracy", "mean_class_accuracy")}
 
     def verdicts(self) -> list[str]:
         return []

@@ -19,6 +19,7 @@ class Batch(TypedDict):
     seeds: list[int]  # the same on the CPU
     key: list[str]  # names of the samples
     label: Tensor  # int64 (B,); -1 where there is none
+    mask: Tensor | None  # int64 (B, H, W), a class for each pixel of the first view, 255: does not count
 
 
 class ParameterGroup(TypedDict):

@@ -6,7 +6,7 @@ command -> processes -> run folder -> data -> plan -> method -> resume -> train 
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from ssl_global.command_line import Command
 from ssl_global.data.loader import Indexed, Loader, Samples, ahead_on_device
+from ssl_global.data.masks import Masks
 from ssl_global.data.order import Order, batches
 from ssl_global.data.sample import built_in_sample
 from ssl_global.data.source import Source, open_source
@@ -44,6 +45,8 @@ from ssl_global.training.watch import Watch
 class Job:
     """What a job does its own way.
 
+    open       training images, and those to judge with
+    masks      of the training images, once they are open; None: there are none
     settle     what the data says of the recipe (classes); refuses data that the job has no use for
     begin      brings weights from elsewhere into the method, before the first step
     judge      makes what judges: (recipe, train, val, device, between)
@@ -59,6 +62,10 @@ class Job:
     figures: tuple[str, ...]
     say_baselines: Callable[[dict[str, float]], str]
     say_summary: Callable[[dict[str, Any]], list[str]]
+    open: Callable[[Command, Accelerator], tuple[Source | Stream, Source | None]] = field(
+        default_factory=lambda: open_data
+    )
+    masks: Callable[[], Masks | None] = lambda: None
 
 
 def do(job: Job, command: Command, overridden: dict[str, object]) -> None:
@@ -71,7 +78,7 @@ def do(job: Job, command: Command, overridden: dict[str, object]) -> None:
     accelerator, store = start_processes(command)
     rank, world = accelerator.process_index, accelerator.num_processes
     with Watch(store, rank=rank, num_processes=world, timeout=command.timeout) as watch:
-        train_data, val_data = open_data(command, accelerator)  # first: a wrong path must not touch the run folder
+        train_data, val_data = job.open(command, accelerator)  # first: a wrong path must not touch the run folder
         if isinstance(train_data, Source):
             statistics = with_statistics(recipe.data, train_data, processes_here=processes.here(accelerator))
             recipe = replace(recipe, data=statistics)
@@ -125,6 +132,7 @@ def learn(
         seen = train_data if isinstance(train_data, Source) else None
         run = Run(
             recipe=recipe, plan=plan, accelerator=accelerator, method=method, model=model, optimizer=optimizer,
+            masks=job.masks(),
             bare_optimizer=bare_optimizer, state=state,
             judge=job.judge(
                 recipe, seen, val_data, accelerator.device, between=partial(give_way, signals, accelerator)
@@ -229,14 +237,14 @@ def load_from(run: Run, data: Source | Stream) -> Loader:
         num_processes=plan.num_processes,
     )  # fmt: skip
     if isinstance(data, Source):
-        samples: Samples = Indexed(data)
+        samples: Samples = Indexed(data, run.masks)
         bounds = data.bounds
     else:
         samples = data.begin(process=accelerator.process_index, step=state.step + state.moved_past)
         bounds = np.array([0, len(data)])
     return Loader(
         samples, Order.of(bounds, run.recipe), run.recipe, micro_batches, micro_batch=plan.micro_batch,
-        processes_here=processes.here(accelerator), pin=accelerator.device.type == "cuda",
+        processes_here=processes.here(accelerator), pin=accelerator.device.type == "cuda", masks=run.masks is not None,
     )  # fmt: skip
 
 

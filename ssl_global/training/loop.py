@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_global.data.loader import to_device
+from ssl_global.data.masks import Masks
 from ssl_global.data.randomness import STEP, stream
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.methods.method import Method
@@ -63,6 +64,7 @@ class Run:
     signals: StopSignal
     watch: Watch
     finite_steps: FiniteSteps
+    masks: Masks | None = None  # of the training images
     batches: Iterator[dict[str, Any]] = field(
         default_factory=lambda: iter(())
     )  # micro-batches from the state's step on

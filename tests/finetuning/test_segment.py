@@ -1,0 +1,305 @@
+"""Fine-tuning for pixels: masks beside images, and tiny runs of the whole job."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from recipes_under_test import load_recipe
+from tiny_runs import EVERY, assert_bit_equal, losses, tensors
+
+from ssl_global.data.masks import Masks, cut_mask, decode_mask
+from ssl_global.data.sample import built_in_shapes
+from ssl_global.data.source import open_source
+from ssl_global.data.views import Drawn
+from ssl_global.encoders.pretrained import PretrainedConfig
+from ssl_global.export import load
+from ssl_global.finetune import main
+from ssl_global.finetuning import heads
+from ssl_global.finetuning.segment import SegmentConfig, spec_of
+from ssl_global.finetuning.segmenter import Segmenter
+from ssl_global.recipe import Data
+from ssl_global.training import loop
+
+SMALL_VIT = json.dumps({"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "dynamic_img_size": True})
+TINY = [f"--encoder.model-args={SMALL_VIT}", "--views.globals.pixels=32", "--train.epochs=None", "--method.width=8"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Bright squares on dark noise, of several sizes of image, and their masks; a corner does not count."""
+    folder = tmp_path_factory.mktemp("squares")
+    random = np.random.default_rng(0)
+    for part, count in (("data", 24), ("val", 6)):
+        masks = "masks" if part == "data" else "val_masks"
+        for name in (part, masks):
+            (folder / name / "some").mkdir(parents=True)
+        for number in range(count):
+            h, w = 40 + number % 5, 50 + number % 3
+            pixels, mask = random.integers(0, 100, (h, w, 3), dtype=np.uint8), np.zeros((h, w), np.uint8)
+            top, left = random.integers(0, 20, 2)
+            pixels[top : top + 18, left : left + 18] += 150
+            mask[top : top + 18, left : left + 18] = 1
+            mask[-3:, -3:] = 255
+            Image.fromarray(pixels).save(folder / part / "some" / f"{number}.png")
+            Image.fromarray(mask).save(folder / masks / "some" / f"{number}.png")
+    return {name: folder / name for name in ("data", "masks", "val", "val_masks")}
+
+
+def arguments(data, out, *more):
+    paths = [f"--{name.replace('_', '-')}={path}" for name, path in data.items()]
+    return ["--task=segment", "--recipe=finetune:segment_demo", *paths, f"--out={out}", *EVERY, *TINY, *more,
+            "--log-with"]  # fmt: skip
+
+
+@pytest.fixture
+def run(data):
+    def train(out, *more):
+        main(arguments(data, out, *more))
+        AcceleratorState._reset_state(True)
+        return out
+
+    return train
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_a_masks_crop_is_that_of_its_image(data):
+    """Each pixel's class is that of the image's pixel there: an image made of its own mask stays it."""
+    mask = np.repeat(np.repeat(np.arange(12, dtype=np.uint8).reshape(3, 4), 8, 0), 8, 1)  # (24, 32)
+    out = torch.zeros(2, 1, 16, 16, dtype=torch.uint8)
+    drawn = Drawn(boxes=[(0, 0, 16, 16), (8, 16, 16, 16)], flips=[False, True], colours=np.zeros((2, 8), np.float32))
+    cut_mask(mask, drawn, out)
+    assert np.array_equal(out[0, 0].numpy(), mask[:16, :16])
+    assert np.array_equal(out[1, 0].numpy(), mask[8:24, 16:32][:, ::-1])
+
+
+def test_masks_are_found_by_name_and_looked_at(data):
+    masks = Masks(str(data["masks"]), open_source(str(data["data"])))
+    assert masks.check(Data(), num_classes=None, visible=False) == 2
+    assert [masks.place(index) for index in range(3)] == ["some/0.png", "some/1.png", "some/10.png"]
+    assert masks.read(2).shape == (40, 51)
+    assert set(np.unique(masks.read(0))) == {0, 1, 255}
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1"])
+def test_palettes_are_numbers(tmp_path, mode):
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8))
+    if mode == "P":
+        image = image.convert("P")
+        image.putpalette([200, 10, 10, 3, 4, 5])
+        image.putdata([0, 1, 1, 0])
+    image.convert(mode).save(tmp_path / "m.png") if mode != "P" else image.save(tmp_path / "m.png")
+    found = decode_mask((tmp_path / "m.png").read_bytes())
+    assert found.tolist() == ([[0, 1], [1, 0]] if mode != "1" else found.tolist())
+    assert found.dtype == np.uint8
+
+
+def test_the_built_in_shapes_are_the_same_everywhere(tmp_path):
+    folders = built_in_shapes()
+    assert {name: len(list(Path(folder).iterdir())) for name, folder in folders.items()} == {
+        "data": 600, "masks": 600, "val": 120, "val_masks": 120,
+    }  # fmt: skip
+    masks = Masks(folders["val_masks"], open_source(folders["val"]))
+    assert masks.check(Data(), num_classes=4, visible=False) == 4
+    again = built_in_shapes(tmp_path / "again")
+    for name in ("data", "masks"):
+        assert Path(folders[name], sorted(Path(folders[name]).iterdir())[7].name).read_bytes() == (
+            sorted(Path(again[name]).iterdir())[7].read_bytes()
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize("function", ["segment", "segment_demo"])
+def test_the_recipes_hold_together(function):
+    load_recipe("finetune", function).check()
+
+
+@pytest.mark.parametrize("head", heads.names())
+@pytest.mark.parametrize(
+    ("name", "model_args"),
+    [
+        ("vit_tiny_patch16_224", SMALL_VIT),
+        ("test_resnet", "{}"),
+        ("swin_tiny_patch4_window7_224", '{"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 6]}'),
+    ],
+)
+def test_all_heads_on_all_kinds_of_backbones(head, name, model_args):
+    """Any size of image, a gradient for every parameter that learns, one class for each pixel."""
+    config = SegmentConfig(head=head, classes=("a", "b", "c"), width=None if head == "linear" else 8)
+    torch.manual_seed(0)
+    segmenter = Segmenter(spec_of(config, PretrainedConfig(name=name, model_args=model_args), 64, 3))
+    main_logits, beside, auxiliary = segmenter.model.all_logits(torch.randn(2, 3, 64, 64))
+    assert main_logits.shape == (2, 3, 64, 64)
+    sum(x.square().mean() for x in (main_logits, *beside, *auxiliary)).backward()
+    assert [n for n, p in segmenter.named_parameters() if p.grad is None] == []
+    assert segmenter.eval().model(torch.randn(1, 3, 70, 50)).shape == (1, 3, 70, 50)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_learns_and_leaves_a_segmenter(run, data, tmp_path):
+    more = ["--train.steps=40", "--optim.lr-per-256-images=1e-1", "--attention", "blocks.1=non_local"]
+    out = run(tmp_path / "run", *more)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["miou"] > 0.75 > summary["miou_untrained"]
+    model = load(out / "export")
+    image = np.array(Image.open(data["val"] / "some" / "0.png"))
+    mask = np.array(Image.open(data["val_masks"] / "some" / "0.png"))
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    answers = model(x)[0].argmax(0).numpy()
+    assert answers.shape == mask.shape
+    assert (answers == mask)[mask != 255].mean() > 0.8
+
+
+def test_interrupted_and_resumed_is_bit_equal(run, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", "--method.head=ppm")
+    seed_step = loop.seed_step
+
+    def interrupting(seed, number, process):
+        seed_step(seed, number, process)
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "seed_step", interrupting)
+        parted = run(tmp_path / "parted", "--method.head=ppm")
+    assert not (parted / "summary.json").exists()
+    run(tmp_path / "parted", "--method.head=ppm", "--data.workers=2")
+    assert_bit_equal(tensors(whole), tensors(parted))
+    assert losses(whole) == losses(parted)
+
+
+def test_it_begins_from_an_export_of_a_classifier_and_of_pretraining(run, tmp_path):
+    """Its backbone's tensors, by the names that a model of maps has."""
+    first = run(tmp_path / "first", "--train.steps=1", "--optim.warmup-epochs=0")
+    assert (first / "export" / "config.json").exists()
+    from ssl_global.encoders.vit import Vit, VitConfig
+    from ssl_global.export import export
+
+    torch.manual_seed(1)
+    recipe = load_recipe("dino", "demo")
+    encoder = Vit(VitConfig(name="vit_tiny_patch16_224", patch=8, width=32, depth=3, heads=2), pixels=32, channels=3)
+    folder = export(encoder, tmp_path / "export", recipe=recipe, summary={}, what="teacher")
+    recipe = load_recipe("finetune", "segment_demo")
+    from dataclasses import replace
+
+    from ssl_global.encoders.pretrained import of_backbone
+
+    method = replace(recipe.method, classes=("a", "b"), width=8)
+    recipe = replace(recipe, encoder=of_backbone(recipe.encoder, str(folder)), method=method)
+    built = recipe.method.build(recipe)
+    built.begin_from(recipe.encoder.weights)
+    assert torch.equal(built.model.backbone.model.blocks[1].attn.qkv.weight, encoder.model.blocks[1].attn.qkv.weight)
+    scales = {group["lr_scale"] for group in built.parameter_groups()}
+    assert len(scales) >= 4
+    assert max(scales) == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+def refused(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def changed(data, tmp_path, change):
+    """The same data with mask 5 changed."""
+    import shutil
+
+    shutil.copytree(data["masks"], tmp_path / "masks")
+    change(tmp_path / "masks" / "some" / "5.png")
+    return data | {"masks": tmp_path / "masks"}
+
+
+def test_a_mask_of_another_size_is_named(data, tmp_path, capsys):
+    wrong = changed(data, tmp_path, lambda file: Image.new("L", (50, 39)).save(file))
+    error = refused(arguments(wrong, tmp_path / "run"), capsys)
+    assert "error: some/5.png: 50 x 39 pixels, and its image some/5.png has 52 x 40" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_out_of_range_is_named(data, tmp_path, capsys):
+    wrong = changed(data, tmp_path, lambda file: Image.new("L", (52, 40), 7).save(file))
+    error = refused(arguments(wrong, tmp_path / "run", "--method.classes", "ground", "square"), capsys)
+    assert "some/5.png: holds the class 7; there are 2, numbered from 0, and 255" in error
+
+
+def test_a_mask_that_is_a_picture_is_named(data, tmp_path, capsys):
+    wrong = changed(data, tmp_path, lambda file: Image.new("RGB", (52, 40)).save(file))
+    assert "some/5.png: pixels of the kind RGB: class numbers in one channel" in refused(
+        arguments(wrong, tmp_path / "run"), capsys
+    )
+
+
+def test_a_missing_mask_is_named(data, tmp_path, capsys):
+    wrong = changed(data, tmp_path, Path.unlink)
+    error = refused(arguments(wrong, tmp_path / "run"), capsys)
+    assert f"--masks {tmp_path / 'masks'}: no mask some/5 for the image some/5.png" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--head=upper"], "method.head: head 'upper': there is none; the nearest are upernet"),
+        (["--views.globals.augment=rand-m9"], "views.globals.augment = rand-m9: none: masks would not follow"),
+        (["--attention", "se(rato=1)"], "se: no option 'rato'; there are ratio, start"),
+        (["--method.dice=-1"], "method.dice = -1.0: 0 or more"),
+        (["--recipe=finetune:demo"], "--task segment: the recipe finetune:demo is for another task"),
+    ],
+)
+def test_wrong_settings_are_one_line(data, tmp_path, capsys, words, message):
+    words = [
+        w for w in arguments(data, tmp_path / "run", *words) if not ("finetune:demo" in words[0] and "method" in w)
+    ]
+    assert message in refused(words, capsys)
+
+
+def test_what_belongs_together(data, tmp_path, capsys):
+    words = [word for word in arguments(data, tmp_path / "run") if not word.startswith("--val-masks")]
+    assert "--task segment needs --data, --masks, --val and --val-masks" in refused(words, capsys)
+    words = ["--recipe=finetune:demo", f"--masks={data['masks']}", f"--out={tmp_path / 'run'}"]
+    assert "--masks is of --task segment" in refused(words, capsys)
+
+
+def test_the_loss_has_the_heads_auxiliary_outputs_in_it():
+    """DANet's three, each with its weight, and the auxiliary head's at 0.4."""
+    from ssl_global.finetuning.losses import pixel_loss
+
+    recipe = load_recipe("finetune", "segment_demo")
+    from dataclasses import replace
+
+    method = replace(recipe.method, head="danet", classes=("a", "b", "c"), width=8)
+    torch.manual_seed(0)
+    built = method.build(replace(recipe, method=method)).eval()
+    images, target = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    found = built({"views": [images], "mask": target}, None)
+    maps = built.model.model.features(images)
+    said = built.model.model.head(maps)
+    logits = [said.main, *said.auxiliary, built.model.model.auxiliary(maps)]
+    weights = [1.0, *[built.model.model.head.auxiliary_weight] * len(said.auxiliary), 0.4]
+    large = [F.interpolate(x, size=(64, 64), mode="bilinear", align_corners=False) for x in logits]
+    expected = sum(w * pixel_loss(x, target) for w, x in zip(weights, large, strict=True))
+    assert len(logits) == 4
+    torch.testing.assert_close(found["loss"], expected)
