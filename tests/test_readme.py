@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.run import get_args_parser
 
-from ssl_global import cli, pretrain
+from ssl_global import cli, finetune, pretrain
 from ssl_global.command_line import Command, parse
 from ssl_global.data.sample import photograph
 
@@ -23,6 +23,7 @@ FENCES = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for kind, body in FENCES if kind == "bash" for line in body.splitlines() if line]
 PIECES = [piece.strip() for line in COMMANDS for piece in line.split("&&")]
 JOBS = [piece for piece in PIECES if "--recipe" in piece]
+TUNING = [piece for piece in PIECES if "finetune.py" in piece]
 TOOLS = [piece for piece in PIECES if piece.startswith("ssl-global")]
 FIRST, *OTHERS = JOBS
 SEVERAL = [job for job in OTHERS if "launch/" in job or "torchrun" in job]  # two processes: training/test_processes
@@ -55,7 +56,7 @@ def launcher_and_job(job: str) -> tuple[list[str], list[str]]:
 def desk(tmp_path_factory):
     """A folder as README's reader has it: the checkout's files, images, labelled images, a recipe of one's own."""
     folder = tmp_path_factory.mktemp("desk")
-    for name in ("pretrain.py", "launch", "recipes", "ssl_global"):
+    for name in ("pretrain.py", "finetune.py", "launch", "recipes", "ssl_global"):
         (folder / name).symlink_to(ROOT / name)
     image = photograph("coffee.png")
     for number in range(16):
@@ -102,7 +103,8 @@ def test_the_walk_finds_the_commands():
     assert len(TOOLS) >= 4
     assert FIRST == "accelerate launch pretrain.py --recipe dino"
     assert len(SEVERAL) == 3
-    others = set(PIECES) - set(JOBS) - set(TOOLS)
+    assert len(TUNING) == 3
+    others = set(PIECES) - set(JOBS) - set(TOOLS) - set(TUNING)
     assert others == {
         "pip install -e .",
         "pip install -e '.[test]'",
@@ -158,6 +160,15 @@ def test_every_other_run_runs(job, desk, capsys):
         assert "done: 2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("job", TUNING)
+def test_every_fine_tuning_runs(job, desk, said_by_the_first, capsys):
+    _, _, _, *words = shlex.split(job)
+    more = [word for word in SHORT if "eval" not in word]
+    out = [] if "--out" in words else ["--out=runs/fine"]
+    finetune.main([*words, *more, *out, "--train.epochs=None", "--log-with"])
+    assert "done: 2 steps" in capsys.readouterr().out
+
+
 def test_every_ssl_global_command_runs(desk, said_by_the_first, capsys):
     """In README's order, on what the first run left."""
     for command in TOOLS:
@@ -174,7 +185,7 @@ def test_every_ssl_global_command_runs(desk, said_by_the_first, capsys):
 
 def test_python_blocks_run(said_by_the_first):
     blocks = [body for kind, body in FENCES if kind == "python"]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)
