@@ -7,6 +7,7 @@ ssl-global export RUN                   a run's backbone into a folder that timm
 ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as one safetensors file
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
+ssl-global predict MODEL IMAGES --out DIR   what a fine-tuned model says of many images
 ssl-global plan BACKBONE                what a backbone costs, what attention would add, which would fit
 """
 
@@ -187,6 +188,39 @@ def merge(run: Annotated[Positional[Path], arg(metavar="RUN")], *, out: Path, op
     shards = len(record["files"])
     size = out.stat().st_size / 1e6
     print(f"{out}: {len(names)} tensors of {folder}, from {shards} shards, {size:.1f} MB")
+
+
+@app.command
+def predict(
+    model: Annotated[Positional[Path], arg(metavar="MODEL")],
+    images: Annotated[Positional[str], arg(metavar="IMAGES")],
+    *,
+    out: Path,
+    batch: int = 64,
+    tta: bool = False,
+    device: str | None = None,
+) -> None:
+    """Say the class of many images, or of each of their pixels; started again, it goes on where it stopped.
+
+    Args:
+        model: An export folder of finetune.py.
+        images: A folder of images, shards, or a dataset, as for pretrain.py.
+        out: Folder for predictions.csv, or for masks/ and overlays/.
+        batch: Images at once.
+        tta: Look at each image mirrored too, and at pixels at three scales: the mean of the probabilities.
+        device: As torch names it; by default the accelerator that there is, else the CPU.
+    """
+    # Imported here: the other commands need nothing of what fine-tunes.
+    from ssl_global.predict import open_model
+    from ssl_global.predict import predict as predict_all
+
+    if batch < 1:
+        raise UserError(f"--batch {batch}: at least 1")
+    on = device_named(device)
+    done = predict_all(open_model(model, on, tta=tta), open_source(images), out, batch=batch, device=on)
+    print(f"{out}: {done.written} written now, {done.there} were there")
+    for key, reason in done.bad:
+        print(f"cannot be read: {key}: {reason}")
 
 
 @app.command

@@ -6,6 +6,7 @@ accelerate launch finetune.py --backbone runs/dino/export --data photos/ --val v
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from ssl_global.errors import UserError
 from ssl_global.export import export
 from ssl_global.finetuning.classify import Classify, ClassifyConfig
 from ssl_global.finetuning.judge import ClassJudge, MaskJudge
+from ssl_global.finetuning.pictures import keep as keep_pictures
 from ssl_global.finetuning.segment import Segment, SegmentConfig
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
@@ -128,7 +130,8 @@ def refuse_other_classes(classes: tuple[str, ...], train: Source, val: Source) -
     if train.classes and val.classes and tuple(val.classes) != classes:
         lacking, besides = sorted(set(classes) - set(val.classes)), sorted(set(val.classes) - set(classes))
         said = [f"{word} {', '.join(names[:3])}" for word, names in (("lacks", lacking), ("has", besides)) if names]
-        raise UserError(f"--val {val.path}: other classes than {train.path}: {' and '.join(said)}")
+        how = " and ".join(said) or "the same ones in another order"
+        raise UserError(f"--val {val.path}: other classes than {train.path}: {how}")
     if val.labels.min() < 0 or val.labels.max() >= len(classes):
         raise UserError(
             f"--val {val.path}: holds the label {val.labels.max()}; {train.path} has {len(classes)} classes"
@@ -154,9 +157,13 @@ def say_summary(figures: dict[str, Any]) -> list[str]:
     return [done, f"{right}; calibration error {figures['ece']:.3f}", f"export {figures['export']}"]
 
 
+def keep(judge: Any, encoder: Any, out: Path) -> None:
+    keep_pictures(judge.last, encoder.classes, out)
+
+
 CLASSIFY = Job(
     settle=settle, begin=begin, judge=ClassJudge, export=export, figures=("top1", "top5", "ece"),
-    say_baselines=say_baselines, say_summary=say_summary,
+    say_baselines=say_baselines, say_summary=say_summary, keep=keep,
 )  # fmt: skip
 
 
@@ -217,6 +224,7 @@ def segment_job(command: Finetune) -> Job:
     return Job(
         settle=parts.settle, begin=begin, judge=parts.judge, export=export, figures=("miou", "pixel_accuracy"),
         say_baselines=say_untrained, say_summary=say_segmented, open=parts.open, masks=lambda: parts.masks,
+        keep=keep,
     )  # fmt: skip
 
 

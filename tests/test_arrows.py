@@ -19,6 +19,7 @@ ALLOWED = {
     "encoders": NEUTRAL | {"attention"},
     "methods": NEUTRAL | {"encoders"},
     "evaluation": NEUTRAL | {"data", "encoders", "methods"},
+    "predict": NEUTRAL | {"data", "export", "inference"},
     "export": NEUTRAL | {"attention", "encoders", "finetuning"},
     "command_line": NEUTRAL,
     "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "command_line"},

@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,31 +34,33 @@ TRAIN_SHARE = 0.68  # of a photograph's width
 SIDES = (0.35, 0.9)  # of a crop, as a share of the region's shorter side
 SHARDS = 4  # of training crops; validation has one
 SEED = 0
-VERSION = 3  # of all the above and below: another version is another folder
+VERSION = 2  # of all the above: another version is another folder
 SHAPES = ("photograph", "disc", "square", "triangle")  # classes of the masks
 NUM_SHAPES_TRAIN, NUM_SHAPES_VAL = 600, 120
 SHAPE_RADII = (0.12, 0.3)  # as shares of the crop's side
 MOST_SHAPES = 3  # on a crop
 COLOUR_SHARE = 0.7  # of a shape's colour, over what it is painted on
+SHAPES_VERSION = 1  # of the shapes
 
 
 def built_in_sample(cache: Path | None = None) -> tuple[str, str]:
     """(training shards, validation shards) as patterns; written to the user's cache folder on first use, in seconds."""
     folder = (cache or cache_folder()) / f"sample-v{VERSION}"
     if not folder.exists():
-        write(folder)
+        write(folder, fill_with_crops)
     return str(folder / "train" / "*.tar"), str(folder / "val" / "*.tar")
 
 
 def built_in_shapes(cache: Path | None = None) -> dict[str, str]:
     """Folders of crops with shapes on them, and of their masks: {"data", "masks", "val", "val_masks"}."""
-    folder = (cache or cache_folder()) / f"sample-v{VERSION}"
-    built_in_sample(cache)
+    folder = (cache or cache_folder()) / f"shapes-v{SHAPES_VERSION}"
+    if not folder.exists():
+        write(folder, fill_with_shapes)
     names = {"data": "train", "masks": "train-masks", "val": "val", "val_masks": "val-masks"}
-    return {name: str(folder / "shapes" / part) for name, part in names.items()}
+    return {name: str(folder / part) for name, part in names.items()}
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, fill: Callable[[Path, list[Image.Image]], None]) -> None:
     """All of it under a temporary name, then renamed; of two processes at once one wins, and both have the same."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,23 +69,27 @@ def write(folder: Path) -> None:
         raise UserError(
             f"{folder.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
         ) from error
-    photographs = [photograph(name) for name in PHOTOGRAPHS]
-    for part, count, num_shards in (("train", NUM_TRAIN, SHARDS), ("val", NUM_VAL, 1)):
-        (temporary / part).mkdir()
-        names = [Path(name).stem for name in PHOTOGRAPHS]
-        (temporary / part / "classes.json").write_text(json.dumps(names))
-        for shard in range(num_shards):
-            write_shard(
-                temporary / part / f"{part}-{shard:06d}.tar", photographs, part, range(shard, count, num_shards)
-            )
-    for part, count in (("train", NUM_SHAPES_TRAIN), ("val", NUM_SHAPES_VAL)):
-        write_shapes(temporary / "shapes", photographs, part, count)
+    fill(temporary, [photograph(name) for name in PHOTOGRAPHS])
     try:
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary)
         if not folder.exists():
             raise
+
+
+def fill_with_crops(folder: Path, photographs: list[Image.Image]) -> None:
+    for part, count, num_shards in (("train", NUM_TRAIN, SHARDS), ("val", NUM_VAL, 1)):
+        (folder / part).mkdir()
+        names = [Path(name).stem for name in PHOTOGRAPHS]
+        (folder / part / "classes.json").write_text(json.dumps(names))
+        for shard in range(num_shards):
+            write_shard(folder / part / f"{part}-{shard:06d}.tar", photographs, part, range(shard, count, num_shards))
+
+
+def fill_with_shapes(folder: Path, photographs: list[Image.Image]) -> None:
+    for part, count in (("train", NUM_SHAPES_TRAIN), ("val", NUM_SHAPES_VAL)):
+        write_shapes(folder, photographs, part, count)
 
 
 def photograph(name: str) -> Image.Image:
@@ -106,7 +113,7 @@ def write_shard(path: Path, photographs: list[Image.Image], part: str, crops: ra
 
 def write_shapes(folder: Path, photographs: list[Image.Image], part: str, count: int) -> None:
     images, masks = folder / part, folder / f"{part}-masks"
-    images.mkdir(parents=True)
+    images.mkdir()
     masks.mkdir()
     for number in range(count):
         random = stream(SEED, SHAPE, ("train", "val").index(part), number)

@@ -25,6 +25,7 @@ from ssl_global.data.source import Source, open_source
 from ssl_global.data.statistics import with_statistics
 from ssl_global.data.stream import CANNOT_PROMISE, Stream
 from ssl_global.data.workers import num_workers
+from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError, wrong
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe, as_json
@@ -52,6 +53,7 @@ class Job:
     judge      makes what judges: (recipe, train, val, device, between)
     export     writes a folder
     figures    that the summary always has, None where they are not known
+    keep       writes what else the last evaluation found into the run's folder
     say_*      in words: baselines before the first step, a summary after the last
     """
 
@@ -66,6 +68,7 @@ class Job:
         default_factory=lambda: open_data
     )
     masks: Callable[[], Masks | None] = lambda: None
+    keep: Callable[[Figures, Encoder, Path], None] = lambda judge, encoder, out: None
 
 
 def do(job: Job, command: Command, overridden: dict[str, object]) -> None:
@@ -287,6 +290,7 @@ def finish(job: Job, run: Run, out: Path, command: Command, data: Source | Strea
             summary = summarise(job, run, judged, out, command, data)
             what = next(iter(run.method.backbones()))
             job.export(encoder, out / "export", recipe=run.recipe, summary=summary, what=what)
+            job.keep(run.judge, encoder, out)
             write_json(out / "summary.json", summary)
             for line in job.say_summary(summary):
                 run.display.say(line)

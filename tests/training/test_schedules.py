@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
+from ssl_global.methods.method import Method
 from ssl_global.recipe import Optim
 from ssl_global.schedules import Progress, cosine, linear, share_of, warmup_cosine
 from ssl_global.training.optim import build_optimizer, peak_lr, set_rates
@@ -49,10 +50,11 @@ def test_the_papers_learning_rates():
 
 def test_groups_and_rates():
     """Matrices decay, 1-D parameters do not, frozen ones are not there; rates come from the step."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
-    model[2].requires_grad_(False)
+    method = Method()
+    method.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    method.model[2].requires_grad_(False)
     optim = Optim(lr_per_256_images=0.1, warmup_epochs=1, weight_decay=(0.04, 0.4))
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(method, optim)
     assert [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups] == [[(4, 3)], [(4,)] * 3]
     lr = set_rates(optimizer, optim, 128, Progress(step=5, num_steps=10, steps_per_epoch=5))
     assert lr == pytest.approx(0.05)

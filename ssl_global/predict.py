@@ -1,0 +1,221 @@
+"""What a fine-tuned model says of many images: a table of classes, or a mask and a picture of each.
+
+    OUT/predictions.csv        image, class, probability, and the next best: a line each
+    OUT/masks/NAME.png         class numbers, in a palette, of the image's size
+    OUT/overlays/NAME.jpg      the same over the image
+
+Started again, it goes on behind what is there: a line or a file is written whole or not at all.
+"""
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ssl_global.data.decode import BadImage, decode
+from ssl_global.data.masks import name_of
+from ssl_global.data.progress import report as report_progress
+from ssl_global.data.source import Source
+from ssl_global.data.views import normalise, plain_view
+from ssl_global.data.workers import in_order, num_workers, workers
+from ssl_global.errors import UserError
+from ssl_global.export import load
+from ssl_global.inference.sliding_window import SlidingWindow
+from ssl_global.inference.tta import TTA
+from ssl_global.recipe import Data
+
+NEXT_BEST = 4  # classes in a line besides the best (ours)
+OVERLAY = 0.5  # share of the mask's colour over the image (ours)
+OVERLAP = 0.25  # of windows, as a share of their side (ours)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An export, and how its images have to be."""
+
+    model: nn.Module  # images to logits
+    classes: list[str]
+    pixels: int
+    data: Data
+    segments: bool
+
+
+@dataclass(frozen=True)
+class Predicted:
+    written: int  # now
+    there: int  # from before
+    bad: list[tuple[str, str]]  # (image, reason)
+
+
+def open_model(folder: Path, device: torch.device, *, tta: bool) -> Model:
+    """Raises UserError for what is no export, and for one that has no classes."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+        spec: dict[str, Any] = found.get("segmenter", {})
+        classes = list(spec.get("classes") or found.get("label_names") or map(str, range(found["num_classes"])))
+        own = found["pretrained_cfg"]
+        channels, pixels, _ = own["input_size"]
+        data = Data(channels=channels, mean=tuple(own["mean"]), std=tuple(own["std"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no export of a fine-tuned model: {error}") from error
+    if not classes:
+        raise UserError(f"{folder}: a backbone without classes; fine-tune it first (finetune.py)")
+    try:
+        model = load(folder).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if spec:
+        model = SlidingWindow(model, pixels, int(OVERLAP * pixels), margin=0)
+    if tta:
+        model = TTA(model, scales=(0.75, 1.0, 1.25) if spec else (1.0,), stride=1)
+    else:
+        model = nn.Sequential(model, nn.Softmax(dim=1))
+    return Model(model, classes, pixels, data, bool(spec))
+
+
+def predict(opened: Model, source: Source, out: Path, *, batch: int, device: torch.device) -> Predicted:
+    """All images of the source that are not in `out` yet. Raises UserError if it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write = to_masks(opened, source, out) if opened.segments else to_table(opened, source, out)
+        with write as writer:
+            left = [index for index in range(len(source)) if not writer.has(index)]
+            bad: list[tuple[str, str]] = []
+            with report_progress("predicted", len(left), visible=True) as done, torch.no_grad():
+                for count, (indices, images) in enumerate(read(opened, source, left, batch, bad), 1):
+                    if indices:
+                        writer.write(indices, images, probabilities(opened, images, device))
+                    done(min(count * batch, len(left)))
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from error
+    return Predicted(len(left) - len(bad), len(source) - len(left), bad)
+
+
+def probabilities(opened: Model, images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """(K,) of each image, or (K, H, W)."""
+    if opened.segments:
+        return [opened.model(as_input(image[None], opened, device))[0].cpu() for image in images]
+    return list(opened.model(as_input(torch.stack(images), opened, device)).cpu())
+
+
+def as_input(images: Tensor, opened: Model, device: torch.device) -> Tensor:
+    return normalise(images.to(device), *opened.data.normalisation)
+
+
+def read(
+    opened: Model, source: Source, left: list[int], batch: int, bad: list[tuple[str, str]]
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Batches of images, decoded ahead; those that cannot be read are named in `bad`."""
+
+    def decoded(index: int) -> Tensor | BadImage:
+        try:
+            image = decode(source.read(index), opened.data.channels, opened.data.max_pixels)
+        except BadImage as error:
+            return error
+        return image if opened.segments else plain_view(image, opened.pixels)
+
+    count = num_workers(opened.data, 1)
+    with workers(opened.data, count, decoded) as submit:
+        images = in_order(submit, left, ahead=2 * batch)
+        for first in range(0, len(left), batch):
+            some = [(index, next(images)) for index in left[first : first + batch]]
+            bad += [(source.key(index), str(image)) for index, image in some if isinstance(image, BadImage)]
+            good = [(index, image) for index, image in some if isinstance(image, Tensor)]
+            yield [index for index, _ in good], [image for _, image in good]
+
+
+# ------------------------------------------------------------------------------------------------------------- a table
+
+
+class Table:
+    def __init__(self, opened: Model, source: Source, file: Path) -> None:
+        self.opened, self.source = opened, source
+        before = file.read_bytes() if file.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]  # the last line may have been cut off
+        if len(whole) < len(before):
+            file.write_bytes(whole)
+        self.there = {row[0] for row in csv.reader(whole.decode().splitlines()[1:])}
+        self.file = file.open("a", newline="")
+        self.rows = csv.writer(self.file, lineterminator="\n")
+        if not whole:
+            ranks = range(2, 2 + min(NEXT_BEST, len(opened.classes) - 1))
+            self.rows.writerow(["image", "class", "probability", *(f"{w}_{r}" for r in ranks for w in ("class", "p"))])
+
+    def has(self, index: int) -> bool:
+        return self.source.key(index) in self.there
+
+    def write(self, indices: list[int], images: list[Tensor], answers: list[Tensor]) -> None:
+        for index, answer in zip(indices, answers, strict=True):
+            best = answer.topk(min(1 + NEXT_BEST, len(answer)))
+            said = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            cells = [cell for p, k in said for cell in (self.opened.classes[k], f"{p:.4f}")]
+            self.rows.writerow([self.source.key(index), *cells])
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def to_table(opened: Model, source: Source, out: Path) -> Iterator[Table]:
+    table = Table(opened, source, out / "predictions.csv")
+    try:
+        yield table
+    finally:
+        table.file.close()
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+class Pictures:
+    def __init__(self, opened: Model, source: Source, out: Path) -> None:
+        self.source, self.out = source, out
+        self.colours = palette(len(opened.classes))
+
+    def has(self, index: int) -> bool:
+        return all(path.exists() for path in self.paths(index))
+
+    def paths(self, index: int) -> tuple[Path, Path]:
+        name = name_of(self.source.key(index)).replace("/", "_")  # a key is no path
+        return self.out / "masks" / f"{name}.png", self.out / "overlays" / f"{name}.jpg"
+
+    def write(self, indices: list[int], images: list[Tensor], answers: list[Tensor]) -> None:
+        for index, image, answer in zip(indices, images, answers, strict=True):
+            mask_path, overlay_path = self.paths(index)
+            mask = answer.argmax(0).to(torch.uint8).numpy()
+            drawn = Image.fromarray(mask, "P")
+            drawn.putpalette(self.colours.flatten().tolist())
+            colour = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+            blended = (1 - OVERLAY) * colour.permute(1, 2, 0).numpy() + OVERLAY * self.colours[mask]
+            put(Image.fromarray(blended.astype(np.uint8)), overlay_path)
+            put(drawn, mask_path)
+
+
+@contextlib.contextmanager
+def to_masks(opened: Model, source: Source, out: Path) -> Iterator[Pictures]:
+    for name in ("masks", "overlays"):
+        (out / name).mkdir(exist_ok=True)
+    yield Pictures(opened, source, out)
+
+
+def put(image: Image.Image, path: Path) -> None:
+    """Under another name first: a file that is there is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    image.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
+    temporary.replace(path)
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """uint8 (K, 3): black, then colours as far from each other as their number lets them be."""
+    hues = (np.arange(num_classes) * 0.61803398875) % 1  # the golden ratio spreads any number of them
+    sectors = np.stack([np.abs(hues * 6 - 3) - 1, 2 - np.abs(hues * 6 - 2), 2 - np.abs(hues * 6 - 4)], axis=1)
+    colours = (sectors.clip(0, 1) * 255).astype(np.uint8)
+    colours[0] = 0
+    return colours
