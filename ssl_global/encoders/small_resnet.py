@@ -16,6 +16,8 @@ STRIDE = 4  # of the stem that is left out
 
 class SmallResNet(ResNet):
     feature_info: list[dict[str, Any]]
+    conv1: Any
+    maxpool: Any
 
     def __init__(self, *layers: Any, in_chans: int = 3, **options: Any) -> None:
         super().__init__(*layers, in_chans=in_chans, **options)
