@@ -193,7 +193,8 @@ class Pictures:
             drawn = Image.fromarray(mask, "P")
             drawn.putpalette(self.colours.flatten().tolist())
             colour = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-            blended = (1 - OVERLAY) * colour.permute(1, 2, 0).numpy() + OVERLAY * self.colours[mask]
+            share = OVERLAY * (mask > 0)[..., None]  # class 0, the ground, stays as it is
+            blended = (1 - share) * colour.permute(1, 2, 0).numpy() + share * self.colours[mask]
             put(Image.fromarray(blended.astype(np.uint8)), overlay_path)
             put(drawn, mask_path)
 
