@@ -20,7 +20,7 @@ class SmallResNet(ResNet):
     maxpool: Any
 
     def __init__(self, block: type[BasicBlock], layers: tuple[int, ...], in_chans: int = 3, **options: Any) -> None:
-        super().__init__(block, layers, in_chans=in_chans, **options)
+        super().__init__(block, layers, in_chans=in_chans, **options)  # type: ignore[arg-type]  # an instance, it says
         first = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
         self.conv1, self.maxpool = first, nn.Identity()
