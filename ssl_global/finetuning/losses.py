@@ -1,9 +1,10 @@
 """What a segmentation is learnt from: cross-entropy, and how far the answer overlaps each class.
 
 Soft Dice in the form of Milletari et al. 2016, "V-Net", https://arxiv.org/abs/1606.04797, section 3, with squares in
-its denominator. There it is of one class and one volume; here it is the mean over the classes that are present, and a
-class's pixels are those of the whole batch on this process: a rare class is seldom in a single image. So batches that
-are split over processes or steps do not give exactly the gradient of one.
+its denominator: of each image, the mean over the classes that are present in it.
+
+Both are taken image by image, and their mean is the loss: so a batch that is shared out over processes, or taken in
+parts, has the same loss and the same gradient. (Sums over a whole batch, as some have it, would not.)
 
     B  images    K  classes    H, W  rows and columns of the image
 """
@@ -27,15 +28,16 @@ def pixel_loss(
     target          (B, H, W) integers, 0 to K - 1, or ignore_index for pixels that do not count
     class_weights   (K,), each at least 0: of a class's pixels in the cross-entropy; Dice weighs all classes alike
 
-    Returns a float32 scalar at least (float64 of float64); 0, with a gradient of 0, where no pixel counts. Slowly:
+    Returns a float32 scalar at least (float64 of float64). An image of which no pixel counts adds 0, with a gradient of
+    0. Slowly, the mean over the images of:
 
-        counted = the pixels whose target is not ignore_index
+        counted = the image's pixels whose target is not ignore_index
         p[pixel] = softmax(logits[pixel])
         cross_entropy = (sum over counted of w[target] * -log p[pixel][target]) / (sum over counted of w[target])
         for each class k that is the target of a counted pixel:
             both = sum over counted of p[pixel][k] * (target is k)
             overlap = 2 * both / (sum over counted of p[pixel][k]^2 + number of counted pixels whose target is k)
-        return cross_entropy + dice * (1 - mean over those k of overlap)
+        cross_entropy + dice * (1 - mean over those k of overlap)
     """
     if logits.shape[:1] + logits.shape[2:] != target.shape:
         raise ValueError(f"logits {tuple(logits.shape)} are not of the size of the target {tuple(target.shape)}")
@@ -48,10 +50,11 @@ def pixel_loss(
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
     weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
-    total = F.cross_entropy(logits, target, weights, ignore_index=ignore_index, reduction="sum")
     counted = target != ignore_index
-    weight = (weights[target.masked_fill(~counted, 0)] * counted).sum()
-    return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)  # where it is 0, so is the total
+    of_pixels = F.cross_entropy(logits, target, weights, ignore_index=ignore_index, reduction="none")
+    weight_B = (weights[target.masked_fill(~counted, 0)] * counted).sum((1, 2))
+    # Where the weight is 0, so is the sum.
+    return (of_pixels.sum((1, 2)) / weight_B.clamp_min(torch.finfo(weight_B.dtype).tiny)).mean()
 
 
 def dice_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -59,7 +62,7 @@ def dice_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     counted = (target != ignore_index)[:, None]
     is_class = (target[:, None] == classes) & counted  # (B, K, H, W)
     p = logits.softmax(dim=1) * counted
-    both, of_target = (p * is_class).sum((0, 2, 3)), is_class.sum((0, 2, 3))
-    overlap = 2 * both / (p.square().sum((0, 2, 3)) + of_target).clamp_min(torch.finfo(p.dtype).tiny)
-    present = of_target > 0
-    return ((1 - overlap) * present).sum() / present.sum().clamp_min(1)
+    both_BK, of_target_BK = (p * is_class).sum((2, 3)), is_class.sum((2, 3))
+    overlap_BK = 2 * both_BK / (p.square().sum((2, 3)) + of_target_BK).clamp_min(torch.finfo(p.dtype).tiny)
+    present_BK = of_target_BK > 0
+    return (((1 - overlap_BK) * present_BK).sum(1) / present_BK.sum(1).clamp_min(1)).mean()

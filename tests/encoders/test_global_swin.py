@@ -264,6 +264,7 @@ def test_recomputed_activations_change_no_gradient():
 def test_stages_compile_without_a_break(start):
     model = create(start=start, depths=(1, 2), num_heads=(1, 2))
     images = torch.randn(2, 3, 36, 30)
+    torch._dynamo.reset()  # sizes that other tests have compiled for would make these symbolic: minutes
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a break is an error
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images))
@@ -277,6 +278,7 @@ def test_stages_compile_without_a_break(start):
 def test_blocks_compile_by_themselves_as_training_does():
     """Four stages, views of two sizes, with and without gradient, hidden patches: none falls back to eager."""
     built, same = (encoder(depths=(1, 2, 2, 1), heads=(1, 1, 2, 2)).train() for _ in range(2))
+    torch._dynamo.reset()
     compile_blocks(built, backend="aot_eager")
     views, hidden = [torch.randn(2, 3, side, side) for side in (64, 32)], uniform_hidden(torch.arange(2), (4, 4))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

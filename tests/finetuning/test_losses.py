@@ -10,13 +10,18 @@ from ssl_global.finetuning.losses import pixel_loss
 K = 4
 
 
-def slowly(logits, target, ignore_index=255, class_weights=None, dice=1.0):
+def slowly(logits, target, **options):
+    """Image by image."""
+    return torch.stack([of_image(*pair, **options) for pair in zip(logits, target, strict=True)]).mean()
+
+
+def of_image(logits, target, ignore_index=255, class_weights=None, dice=1.0):
     """Pixel by pixel, class by class."""
-    weights = [1.0] * logits.shape[1] if class_weights is None else class_weights.tolist()
+    weights = [1.0] * len(logits) if class_weights is None else class_weights.tolist()
     pixels = [
-        (logits[b, :, y, x].softmax(0), int(target[b, y, x]))
-        for b in range(logits.shape[0]) for y in range(logits.shape[2]) for x in range(logits.shape[3])
-        if target[b, y, x] != ignore_index
+        (logits[:, y, x].softmax(0), int(target[y, x]))
+        for y in range(logits.shape[1]) for x in range(logits.shape[2])
+        if target[y, x] != ignore_index
     ]  # fmt: skip
     if not pixels:
         return logits.sum() * 0
@@ -49,6 +54,14 @@ def test_it_is_the_slow_loop(seed, shape, num_classes, ignored, ignore_index, we
     assert fast.dtype == torch.float64
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (fast, slow)))
+
+
+def test_a_batch_in_parts_has_the_same_loss():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(4, K, 5, 6, generator=generator), torch.randint(K, (4, 5, 6), generator=generator)
+    target[1, :3] = 255
+    parts = [pixel_loss(x, y) for x, y in zip(logits.split(2), target.split(2), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).mean(), pixel_loss(logits, target))
 
 
 def test_where_no_pixel_counts_it_is_0_and_so_is_its_gradient():
