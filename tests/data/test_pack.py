@@ -564,7 +564,8 @@ def started(source: Source, out: Path) -> "subprocess.Popen[str]":
             if list(out.glob("*.tar")) and list(out.glob("*.unfinished")):
                 return process
             time.sleep(0.01)
-        assert process.returncode == 0, process.communicate()
+        _, said = process.communicate()
+        assert process.returncode == 0, said
         shutil.rmtree(out)
     raise AssertionError("always over before it was looked at")
 
