@@ -178,12 +178,16 @@ class Pictures:
     def __init__(self, opened: Model, source: Source, out: Path) -> None:
         self.source, self.out = source, out
         self.colours = palette(len(opened.classes))
+        self.names = [file_name(source.key(index)) for index in range(len(source))]
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise UserError(f"{source.path}: two images would be {twice}.png in {out}; give them one at a time")
 
     def has(self, index: int) -> bool:
         return all(path.exists() for path in self.paths(index))
 
     def paths(self, index: int) -> tuple[Path, Path]:
-        name = name_of(self.source.key(index)).replace("/", "_")  # a key is no path
+        name = self.names[index]
         return self.out / "masks" / f"{name}.png", self.out / "overlays" / f"{name}.jpg"
 
     def write(self, indices: list[int], images: list[Tensor], answers: list[Tensor]) -> None:
@@ -197,6 +201,12 @@ class Pictures:
             blended = (1 - share) * colour.permute(1, 2, 0).numpy() + share * self.colours[mask]
             put(Image.fromarray(blended.astype(np.uint8)), overlay_path)
             put(drawn, mask_path)
+
+
+def file_name(key: str) -> str:
+    """A key is no path: of a shard, its name stays, since two may have samples of one name."""
+    shard, tar, _ = key.rpartition(".tar/")
+    return (f"{shard}/{name_of(key)}" if tar else name_of(key)).replace("/", "_")
 
 
 @contextlib.contextmanager

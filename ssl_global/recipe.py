@@ -422,7 +422,8 @@ def config_class(part: str, kind: str) -> type:
     if room is None:
         raise wrong(f"{part}.kind", kind, f"there is no ssl_global/{rooms[0]}/{kind}.py here")
     module = importlib.import_module(f"ssl_global.{room}.{kind}")
-    settings = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    settings = [c for c in own if issubclass(c, base)]
     if not settings:
         raise wrong(f"{part}.kind", kind, f"there are no settings of {part}s in that file")
     return settings[0]

@@ -113,6 +113,16 @@ def test_masks_and_overlays(segmenter, images, tmp_path, capsys):
     assert not list(out.rglob(".*"))
 
 
+def test_two_images_for_one_file_are_refused(segmenter, images, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    image = (images / "a" / "0.png").read_bytes()
+    for name in ("7.png", "7.bmp"):
+        (tmp_path / "images" / name).write_bytes(image)
+    with pytest.raises(SystemExit):
+        predict(segmenter, tmp_path / "images", "--out", tmp_path / "out")
+    assert "two images would be 7.png" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["classifier", "segmenter"])
 def test_mirrored_too(kind, images, tmp_path, request):
     predict(request.getfixturevalue(kind), images, "--out", tmp_path / "out", "--tta")

@@ -33,7 +33,14 @@ class Masks:
     def __init__(self, path: str, images: Source) -> None:
         self.path, self.images = path, images
         self.source = open_source(path)
-        by_name = {name_of(self.source.key(index)): index for index in range(len(self.source))}
+        by_name: dict[str, int] = {}
+        for index in range(len(self.source)):
+            name = name_of(self.source.key(index))
+            if name in by_name:
+                raise UserError(
+                    f"--masks {path}: {self.source.key(by_name[name])} and {self.source.key(index)}: one name"
+                )
+            by_name[name] = index
         self.index: list[int] = []
         for image in range(len(images)):
             name = name_of(images.key(image))

@@ -8,14 +8,11 @@ decay of the learning rate, mixup or cutmix, label smoothing. timm's own parts d
 
 Here a batch is mixed in pairs of neighbours, (0, 1), (2, 3)..., each pair by its own seed: so the run is the same on
 any number of processes, which mixing a process's batch with its reverse, as usual, is not.
-
-Modes: `full` trains all; `probe` trains what is new (classifier, attention modules, pooling) on a backbone that stays
-what it was, norms and all; `gradual` does so for the first `frozen_epochs`, then trains all.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +23,10 @@ from ssl_global.data.randomness import seeded
 from ssl_global.encoders.pretrained import Pretrained
 from ssl_global.errors import wrong
 from ssl_global.finetuning.layers import layer_scales, layered
-from ssl_global.methods.method import Batch, Method, ParameterGroup
+from ssl_global.finetuning.tuned import Tuned, TunedConfig
+from ssl_global.methods.method import Batch, ParameterGroup
 from ssl_global.methods.teacher import follow, move_teacher
-from ssl_global.recipe import MethodConfig, in_range, not_longer_than_run
+from ssl_global.recipe import in_range
 from ssl_global.schedules import Progress
 
 if TYPE_CHECKING:
@@ -36,14 +34,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(MethodConfig):
+class ClassifyConfig(TunedConfig):
     """Fine-tune for classes."""
 
-    classes: tuple[str, ...] = ()  # their names, from the data
-    mode: Literal["full", "probe", "gradual"] = "full"  # what is trained: all, what is new, or that first and then all
-    frozen_epochs: float = 0.0  # of gradual: how long the backbone waits
-    layer_decay: float = 0.65  # a layer's rate is the next one's times this; 1: all the same
-    gate_lr_times: float = 10.0  # gates of attention modules learn so much faster than the rest (ours)
     smoothing: float = 0.1  # of the targets
     mixup: float = 0.8  # alpha; 0: never
     cutmix: float = 1.0  # alpha; 0: never
@@ -52,25 +45,13 @@ class ClassifyConfig(MethodConfig):
     class_weights: tuple[float, ...] = ()  # mean 1 over the images, from the data, if `balance`
 
     def check(self, recipe: "Recipe") -> None:
-        if recipe.views.globals.count != 1 or recipe.views.locals.count:
-            raise wrong(
-                "views.globals.count", recipe.views.globals.count, "1, and no local views: one view is learnt from"
-            )
-        if not 0 < self.layer_decay <= 1:
-            raise wrong("method.layer_decay", self.layer_decay, "above 0, at most 1")
-        if self.gate_lr_times <= 0:
-            raise wrong("method.gate_lr_times", self.gate_lr_times, "above 0")
+        super().check(recipe)
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise wrong(f"method.{name}", getattr(self, name), "0 or more")
         if not 0 <= self.smoothing < 1:
             raise wrong("method.smoothing", self.smoothing, "at least 0, below 1")
         in_range("method.average", self.average, 0, 1)
-        if (self.mode == "gradual") != (self.frozen_epochs > 0):
-            raise wrong("method.frozen_epochs", self.frozen_epochs, "above 0 for method.mode gradual, 0 for the others")
-
-    def check_durations(self, epochs: float) -> None:
-        not_longer_than_run("method.frozen_epochs", self.frozen_epochs, epochs)
 
     def images_together(self) -> int:
         return 2 if self.mixes else 1
@@ -83,15 +64,12 @@ class ClassifyConfig(MethodConfig):
         return Classify(self, recipe)
 
 
-class Classify(Method):
+class Classify(Tuned):
+    config: ClassifyConfig
+
     def __init__(self, config: ClassifyConfig, recipe: "Recipe") -> None:
-        super().__init__()
-        self.config, self.num_classes = config, len(config.classes)
-        self.model = self.new_backbone(recipe)
-        if config.mode == "probe":
-            self.model.requires_grad_(False)
-            for part in self.model.new_parts():
-                part.requires_grad_(True)
+        super().__init__(config, classifier(config, recipe))
+        self.num_classes = len(config.classes)
         self.average = copy.deepcopy(self.model) if config.average else None
         if self.average is not None:
             follow(self.average, self.model)
@@ -99,26 +77,15 @@ class Classify(Method):
         weights = torch.tensor(config.class_weights or [1.0] * self.num_classes)
         self.class_weights: Tensor
         self.register_buffer("class_weights", weights, persistent=False)
-        self.frozen = config.mode == "probe"
 
     def new_backbone(self, recipe: "Recipe") -> Pretrained:
-        encoder = recipe.encoder.build(recipe)
-        assert isinstance(encoder, Pretrained)
-        encoder.model.reset_classifier(self.num_classes)
-        encoder.classes = self.config.classes
-        return encoder
+        return classifier(self.config, recipe)
 
     def begin_from(self, weights: str) -> None:
         """The run's first step starts from these weights."""
         self.model.begin_from(weights)
         if self.average is not None:
             follow(self.average, self.model)
-
-    def begin_step(self, progress: Progress) -> None:
-        self.frozen = self.config.mode == "probe" or progress.epoch < self.config.frozen_epochs
-        self.model.train(not self.frozen)  # batch norms of a frozen backbone stay what they were
-        for part in self.model.new_parts():
-            part.train()
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         images, targets = self.mix(batch["views"][0], batch["label"], batch["seeds"])
@@ -139,13 +106,6 @@ class Classify(Method):
                 targets.append(target)
         return images, torch.cat(targets)
 
-    def gradients_done(self, progress: Progress) -> None:
-        if self.frozen:
-            new = {id(parameter) for part in self.model.new_parts() for parameter in part.parameters()}
-            for parameter in self.model.parameters():
-                if id(parameter) not in new:
-                    parameter.grad = None
-
     def after_step(self, progress: Progress) -> None:
         if self.average is not None:
             move_teacher(self.average, self.model, self.config.average)
@@ -158,3 +118,11 @@ class Classify(Method):
 
     def backbones(self) -> dict[str, Any]:
         return ({"average": self.average} if self.average is not None else {}) | {"model": self.model}
+
+
+def classifier(config: ClassifyConfig, recipe: "Recipe") -> Pretrained:
+    encoder = recipe.encoder.build(recipe)
+    assert isinstance(encoder, Pretrained)
+    encoder.model.reset_classifier(len(config.classes))
+    encoder.classes = config.classes
+    return encoder

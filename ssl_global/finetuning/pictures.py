@@ -18,7 +18,8 @@ def keep(judged: Classified | Segmented | None, classes: Sequence[str], out: Pat
     """Writes classes.json, a row for each class, and confusion.png."""
     if judged is None:
         return
-    (out / "classes.json").write_text(json.dumps(judged.table(classes), indent=2) + "\n")
+    rows = [{k: None if v != v else v for k, v in row.items()} for row in judged.table(classes)]  # JSON has no NaN
+    (out / "classes.json").write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     try:
         confusion = judged.confusion
     except ValueError:  # too many classes for a matrix

@@ -160,6 +160,9 @@ def test_a_run_learns_and_leaves_a_segmenter(run, data, tmp_path):
     out = run(tmp_path / "run", *more)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["miou"] > 0.75 > summary["miou_untrained"]
+    assert [row["class"] for row in json.loads((out / "classes.json").read_text())] == ["0", "1"]
+    with Image.open(out / "confusion.png") as picture:
+        assert picture.size > (36, 36)
     model = load(out / "export")
     image = np.array(Image.open(data["val"] / "some" / "0.png"))
     mask = np.array(Image.open(data["val_masks"] / "some" / "0.png"))
@@ -257,6 +260,12 @@ def test_a_missing_mask_is_named(data, tmp_path, capsys):
     wrong = changed(data, tmp_path, Path.unlink)
     error = refused(arguments(wrong, tmp_path / "run"), capsys)
     assert f"--masks {tmp_path / 'masks'}: no mask some/5 for the image some/5.png" in error
+
+
+def test_two_masks_of_one_name_are_named(data, tmp_path, capsys):
+    wrong = changed(data, tmp_path, lambda file: Image.open(file).save(file.with_suffix(".bmp")))
+    error = refused(arguments(wrong, tmp_path / "run"), capsys)
+    assert "some/5.bmp and some/5.png: one name" in error
 
 
 @pytest.mark.parametrize(
