@@ -24,7 +24,8 @@ from ssl_global.errors import UserError
 from ssl_global.export import export
 from ssl_global.finetuning.classify import Classify, ClassifyConfig
 from ssl_global.finetuning.judge import ClassJudge, MaskJudge
-from ssl_global.finetuning.pictures import keep as keep_pictures
+from ssl_global.finetuning.pictures import keep as keep_figures
+from ssl_global.finetuning.pictures import predictions_picture
 from ssl_global.finetuning.segment import Segment, SegmentConfig
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
@@ -158,7 +159,7 @@ def say_summary(figures: dict[str, Any]) -> list[str]:
 
 
 def keep(judge: Any, encoder: Any, out: Path) -> None:
-    keep_pictures(judge.last, encoder.classes, out)
+    keep_figures(judge.last, encoder.classes, out)
 
 
 CLASSIFY = Job(
@@ -219,12 +220,18 @@ def say_segmented(figures: dict[str, Any]) -> list[str]:
     return [done, f"{miou}, pixels right {figures['pixel_accuracy']:.3f}", f"export {figures['export']}"]
 
 
+def keep_segmented(judge: Any, encoder: Any, out: Path) -> None:
+    keep(judge, encoder, out)
+    if judge.shown:
+        predictions_picture(judge.shown, encoder.classes).save(out / "predictions.png")
+
+
 def segment_job(command: Finetune) -> Job:
     parts = Segmentation(command)
     return Job(
         settle=parts.settle, begin=begin, judge=parts.judge, export=export, figures=("miou", "pixel_accuracy"),
         say_baselines=say_untrained, say_summary=say_segmented, open=parts.open, masks=lambda: parts.masks,
-        keep=keep,
+        keep=keep_segmented,
     )  # fmt: skip
 
 

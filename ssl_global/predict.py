@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,12 +28,12 @@ from ssl_global.data.views import normalise, plain_view
 from ssl_global.data.workers import in_order, num_workers, workers
 from ssl_global.errors import UserError
 from ssl_global.export import load
+from ssl_global.finetuning.pictures import overlay, palette
 from ssl_global.inference.sliding_window import SlidingWindow
 from ssl_global.inference.tta import TTA
 from ssl_global.recipe import Data
 
 NEXT_BEST = 4  # classes in a line besides the best (ours)
-OVERLAY = 0.5  # share of the mask's colour over the image (ours)
 OVERLAP = 0.25  # of windows, as a share of their side (ours)
 
 
@@ -196,10 +195,7 @@ class Pictures:
             mask = answer.argmax(0).to(torch.uint8).numpy()
             drawn = Image.fromarray(mask, "P")
             drawn.putpalette(self.colours.flatten().tolist())
-            colour = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-            share = OVERLAY * (mask > 0)[..., None]  # class 0, the ground, stays as it is
-            blended = (1 - share) * colour.permute(1, 2, 0).numpy() + share * self.colours[mask]
-            put(Image.fromarray(blended.astype(np.uint8)), overlay_path)
+            put(overlay(image, mask, self.colours), overlay_path)
             put(drawn, mask_path)
 
 
@@ -221,12 +217,3 @@ def put(image: Image.Image, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     image.save(temporary, {".png": "PNG", ".jpg": "JPEG"}[path.suffix])
     temporary.replace(path)
-
-
-def palette(num_classes: int) -> np.ndarray:
-    """uint8 (K, 3): black, then colours as far from each other as their number lets them be."""
-    hues = (np.arange(num_classes) * 0.61803398875) % 1  # the golden ratio spreads any number of them
-    sectors = np.stack([np.abs(hues * 6 - 3) - 1, 2 - np.abs(hues * 6 - 2), 2 - np.abs(hues * 6 - 4)], axis=1)
-    colours = (sectors.clip(0, 1) * 255).astype(np.uint8)
-    colours[0] = 0
-    return colours

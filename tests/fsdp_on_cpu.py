@@ -1,8 +1,8 @@
-"""pretrain.py with FSDP2 over gloo: `torchrun --nproc_per_node 2 tests/fsdp_on_cpu.py [--shards N] ARGUMENTS`.
+"""A job with FSDP2 over gloo: `torchrun --nproc_per_node 2 tests/fsdp_on_cpu.py [--shards N | --finetune] ARGUMENTS`.
 
 Accelerate 1.15 shards on GPUs only and replicates silently elsewhere. Its state is told here that this is FSDP, after
 which prepare, backward, accumulation and clipping take their FSDP2 path. This reaches into Accelerate: tests only.
---shards N replicates groups of N processes (HSDP).
+--shards N replicates groups of N processes (HSDP). The job is pretrain.py's, or with --finetune that one's.
 """
 
 import sys
@@ -13,7 +13,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from ssl_global import pretrain
+from ssl_global import finetune, pretrain
 from ssl_global.training import processes
 
 
@@ -38,8 +38,10 @@ def start_sharded(*, shards: int | None, **how) -> tuple[Accelerator, dist.Store
 START = processes.start
 
 if __name__ == "__main__":
-    words, number = sys.argv[1:], None
+    words, number, job = sys.argv[1:], None, pretrain.main
     if words[0] == "--shards":
         number, words = int(words[1]), words[2:]
+    elif words[0] == "--finetune":
+        job, words = finetune.main, words[1:]
     processes.start = lambda **how: start_sharded(shards=number, **how)  # type: ignore[assignment]
-    pretrain.main(words)
+    job(words)

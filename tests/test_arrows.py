@@ -19,8 +19,9 @@ ALLOWED = {
     "encoders": NEUTRAL | {"attention"},
     "methods": NEUTRAL | {"encoders"},
     "evaluation": NEUTRAL | {"data", "encoders", "methods"},
-    "predict": NEUTRAL | {"data", "export", "inference"},
+    "predict": NEUTRAL | {"data", "export", "finetuning", "inference"},
     "export": NEUTRAL | {"attention", "encoders", "finetuning"},
+    "explain": NEUTRAL | {"attention", "data", "encoders", "evaluation", "export", "methods"},
     "command_line": NEUTRAL,
     "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "command_line"},
 }

@@ -441,7 +441,7 @@ def test_odd_content_in_a_run_folder_is_left_out(
     if b"ud800" in odd or odd == b"null":
         ssl_global("export", run)
     with pytest.raises(UserError, match="not the samples that the run in"):
-        refuse_other_data("others", open_source(str(pictures)), run)
+        refuse_other_data("others", open_source(str(pictures)), None, run)
     assert all(
         isinstance(word, str) for pair in BadSamples(run / "bad_samples.jsonl", 9, 1).known.items() for word in pair
     )

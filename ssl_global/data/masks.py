@@ -48,6 +48,10 @@ class Masks:
                 raise UserError(f"--masks {path}: no mask {name} for the image {images.key(image)}")
             self.index.append(by_name[name])
 
+    def parts(self) -> dict[str, str]:
+        """As a source's: by which other masks are told apart."""
+        return {f"masks {name}": digest for name, digest in self.source.parts().items()}
+
     def read(self, image: int) -> np.ndarray:
         """uint8 (H, W). Raises BadImage for what is no mask."""
         return decode_mask(self.source.read(self.index[image]))

@@ -76,8 +76,7 @@ class Source(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """One hash of all parts and their order."""
-        lines = "".join(f"{name}\0{digest}\0" for name, digest in self.parts().items())
-        return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:32]
+        return hash_of(self.parts())
 
     @abstractmethod
     def describe(self) -> str:
@@ -87,6 +86,11 @@ class Source(ABC):
         if self.labels is None:
             return "no labels"
         return counted(len(self.classes) if self.classes else len(np.unique(self.labels)), "class", "classes")
+
+
+def hash_of(parts: dict[str, str]) -> str:
+    lines = "".join(f"{name}\0{digest}\0" for name, digest in parts.items())
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 class FolderSource(Source):

@@ -203,6 +203,12 @@ def share_of_this_process(indices: np.ndarray) -> np.ndarray:
     return np.resize(indices, math.ceil(len(indices) / world) * world)[dist.get_rank() :: world]
 
 
+def own_share(count: int) -> int:
+    """How many of this process's share of `count` indices are not repeated ones."""
+    world = num_processes()
+    return count if world == 1 else len(range(dist.get_rank(), count, world))
+
+
 def of_all_processes(values: Tensor, count: int) -> Tensor:
     """Puts the shares (n, ...) of all processes together again, in the order of the indices: (count, ...)."""
     if num_processes() == 1:

@@ -12,12 +12,14 @@ from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.masks import IGNORED, Masks
 from ssl_global.data.source import Source
 from ssl_global.data.views import normalise
-from ssl_global.evaluation.features import extract, share_of_this_process
+from ssl_global.evaluation.features import extract, own_share, share_of_this_process
 from ssl_global.evaluation.judge import PRECISIONS
 from ssl_global.finetuning.metrics import Classified, Segmented
+from ssl_global.finetuning.pictures import Shown
 from ssl_global.inference.sliding_window import SlidingWindow
 from ssl_global.recipe import Recipe
 
+SHOWN = 8  # images whose masks are kept as pictures (ours)
 SAID = ("top1", "top5", "mean_class_accuracy", "ece", "nll")
 
 
@@ -81,6 +83,7 @@ class MaskJudge:
         self.recipe, self.val, self.masks, self.device = recipe, val, masks, device
         self.between, self.overlap = between, overlap
         self.last: Segmented | None = None
+        self.shown: list[Shown] = []
 
     def baselines(self, encoder: Any) -> dict[str, float]:
         """{"miou_untrained"}: of the head before its first step."""
@@ -92,12 +95,13 @@ class MaskJudge:
         window = encoder.pixels
         model = SlidingWindow(encoder.model, window, int(self.overlap * window), margin=0)
         self.last = Segmented(num_classes=encoder.num_classes, ignore_index=IGNORED, device="cpu")
+        self.shown = []
         dtype = PRECISIONS[self.recipe.train.precision]
         data = self.recipe.data
-        share = share_of_this_process(np.arange(len(self.val)))
-        for turn, index in enumerate(share):
+        once = own_share(len(self.val))
+        for turn, index in enumerate(share_of_this_process(np.arange(len(self.val)))):
             self.between()  # as often on every process
-            if turn and index <= share[turn - 1]:  # one to make the shares equally long: it was counted
+            if turn >= once:  # another counts it
                 continue
             try:
                 image = decode(self.val.read(int(index)), data.channels, data.max_pixels)
@@ -108,6 +112,8 @@ class MaskJudge:
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images)
             self.last.update(logits.float().cpu(), torch.from_numpy(mask)[None])
+            if len(self.shown) < SHOWN:
+                self.shown.append(Shown(image, mask, logits[0].argmax(0).to(torch.uint8).cpu().numpy()))
         if dist.is_initialized():
             sums = self.last.sums.to(self.device)
             dist.all_reduce(sums)

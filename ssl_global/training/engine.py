@@ -24,6 +24,7 @@ from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
+from ssl_global.training.batch_norm import synchronise
 
 BLOCKS = (Block, SwinTransformerBlock)  # what is compiled, and sharded, by itself
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,8 +56,8 @@ def prepare(
             encoder.recompute_activations()
     if recipe.train.compile:
         compile_blocks(method)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)  # torch has none for CPUs
+    if accelerator.num_processes > 1:
+        synchronise(method, accelerator.device)
     if accelerator.is_fsdp2:
         shard_by_block(accelerator.state.fsdp_plugin, method, recipe.train.precision)
     model, prepared = accelerator.prepare(method, optimizer)

@@ -2,7 +2,7 @@
 
 OUT/.lock       held by the main process as long as it lives; it says who holds it
 OUT/run.json    the command, versions, commit
-OUT/data.json   a hash of each shard or folder
+OUT/data.json   a hash of each shard or folder, of images and of masks
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_global.data.files import read_json
-from ssl_global.data.source import Source, difference
+from ssl_global.data.masks import Masks
+from ssl_global.data.source import Source, difference, hash_of
 from ssl_global.data.stream import Stream
 from ssl_global.errors import UserError
 from ssl_global.recipe import Recipe, as_json, refuse_changes
@@ -96,7 +97,7 @@ def move_aside(out: Path) -> None:
 
 
 def find_checkpoint(
-    out: Path, recipe: Recipe, data: Source | Stream, provenance: dict[str, Any]
+    out: Path, recipe: Recipe, data: Source | Stream, masks: Masks | None, provenance: dict[str, Any]
 ) -> tuple[Path, dict[str, Any], list[str]] | None:
     """The newest whole checkpoint, its record, and why newer ones were passed over, if it goes on with recipe and data.
 
@@ -107,31 +108,39 @@ def find_checkpoint(
     def check() -> None:
         if found is None:
             write_json(out / "run.json", provenance)
-            write_json(out / "data.json", data.parts() if isinstance(data, Source) else {})
+            write_json(out / "data.json", parts_of(data, masks))
             return
         _, record, _ = found
         refuse_changes(record["recipe"], json.loads(json.dumps(as_json(recipe))), where=f"--out {out}")
-        refuse_other_data(record["state"]["data"], data, out)
+        refuse_other_data(record["state"]["data"], data, masks, out)
 
     on_main_for_all(check)
     return found
 
 
-def refuse_other_data(begun_with: str, data: Source | Stream, out: Path) -> None:
+def refuse_other_data(begun_with: str, data: Source | Stream, masks: Masks | None, out: Path) -> None:
     """A run goes on with the samples that it was begun with, or its place among them means nothing."""
-    if fingerprint(data) == begun_with:
+    if fingerprint(data, masks) == begun_with:
         return
     before = read_json(out / "data.json")
     known = isinstance(data, Source) and isinstance(before, dict)
-    said = f": {difference(before, data.parts())}" if known and isinstance(data, Source) else ""
+    said = f": {difference(before, parts_of(data, masks))}" if known else ""
     raise UserError(
         f"--data {data.path}: not the samples that the run in {out} was begun with{said} ({data.describe()} now); "
         "give the same data to go on, or --fresh to begin anew"
     )
 
 
-def fingerprint(data: Source | Stream) -> str:
-    return data.fingerprint if isinstance(data, Source) else f"stream {data.path}"
+def fingerprint(data: Source | Stream, masks: Masks | None) -> str:
+    if not isinstance(data, Source):
+        return f"stream {data.path}"
+    return hash_of({"images": data.fingerprint, "masks": masks.source.fingerprint}) if masks else data.fingerprint
+
+
+def parts_of(data: Source | Stream, masks: Masks | None) -> dict[str, str]:
+    """A hash of each part; a stream's are not known."""
+    of_images = data.parts() if isinstance(data, Source) else {}
+    return of_images | (masks.parts() if masks else {})
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

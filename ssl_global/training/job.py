@@ -104,7 +104,8 @@ def learn(
     out, recipe = command.out, command.settings
     assert out is not None
     say = print if accelerator.is_main_process else (lambda *_: None)
-    found = find_checkpoint(out, recipe, train_data, report.provenance())
+    masks = job.masks()
+    found = find_checkpoint(out, recipe, train_data, masks, report.provenance())
     if found and (out / "summary.json").exists():
         say(f"{out} is finished: {out / 'export'} is its export; --fresh begins anew")
         return
@@ -121,7 +122,7 @@ def learn(
     model, optimizer = engine.prepare(accelerator, method, bare_optimizer, recipe)
     say(f"memory {engine.state_bytes(method) / 1e6:.1f} MB of weights and averages on each process")
     layout = layout_of(plan, recipe, accelerator)
-    state = RunState(data=fingerprint(train_data))
+    state = RunState(data=fingerprint(train_data, masks))
     if found:
         folder, record, damaged = found
         state = restore(folder, record, method, bare_optimizer, accelerator)
@@ -135,7 +136,7 @@ def learn(
         seen = train_data if isinstance(train_data, Source) else None
         run = Run(
             recipe=recipe, plan=plan, accelerator=accelerator, method=method, model=model, optimizer=optimizer,
-            masks=job.masks(),
+            masks=masks,
             bare_optimizer=bare_optimizer, state=state,
             judge=job.judge(
                 recipe, seen, val_data, accelerator.device, between=partial(give_way, signals, accelerator)

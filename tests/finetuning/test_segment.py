@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from recipes_under_test import load_recipe
-from tiny_runs import EVERY, assert_bit_equal, losses, tensors
+from tiny_runs import EVERY, assert_bit_equal, finish, losses, start, tensors
 
 from ssl_global.data.masks import Masks, cut_mask, decode_mask
 from ssl_global.data.sample import built_in_shapes
@@ -21,6 +21,7 @@ from ssl_global.encoders.pretrained import PretrainedConfig
 from ssl_global.export import load
 from ssl_global.finetune import main
 from ssl_global.finetuning import heads
+from ssl_global.finetuning.pictures import Shown, palette, predictions_picture
 from ssl_global.finetuning.segment import SegmentConfig, spec_of
 from ssl_global.finetuning.segmenter import Segmenter
 from ssl_global.recipe import Data
@@ -161,6 +162,8 @@ def test_a_run_learns_and_leaves_a_segmenter(run, data, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["miou"] > 0.75 > summary["miou_untrained"]
     assert [row["class"] for row in json.loads((out / "classes.json").read_text())] == ["0", "1"]
+    with Image.open(out / "predictions.png") as picture:
+        assert picture.height > 6 * 160
     with Image.open(out / "confusion.png") as picture:
         assert picture.size > (36, 36)
     model = load(out / "export")
@@ -189,6 +192,22 @@ def test_interrupted_and_resumed_is_bit_equal(run, tmp_path, monkeypatch):
     run(tmp_path / "parted", "--method.head=ppm", "--data.workers=2")
     assert_bit_equal(tensors(whole), tensors(parted))
     assert losses(whole) == losses(parted)
+
+
+def test_two_processes_sharded_or_not_equal_one(run, data, tmp_path):
+    """The head's batch norm is taken over the images of both."""
+    more = ["--method.head=linear", "--method.no-auxiliary", "--attention", "blocks.1=se", "--eval.every=3"]
+    more += ["--method.width=None"]
+    one = run(tmp_path / "one", *more)
+    for name, first, script in (("ddp", [], "finetune.py"), ("fsdp", ["--finetune"], "tests/fsdp_on_cpu.py")):
+        words = [*first, *arguments(data, tmp_path / name, *more)]
+        code, said, error = finish(start(words, script=script))
+        assert code == 0, error[-3000:]
+        assert ("FSDP2" in said) == (name == "fsdp")
+        assert losses(tmp_path / name) == pytest.approx(losses(one), rel=1e-6)
+        found, expected = (json.loads((out / "summary.json").read_text()) for out in (tmp_path / name, one))
+        assert found["miou"] == pytest.approx(expected["miou"], abs=1e-6)
+        assert found["pixel_accuracy"] == pytest.approx(expected["pixel_accuracy"], abs=1e-6)
 
 
 def test_it_begins_from_an_export_of_a_classifier_and_of_pretraining(run, tmp_path):
@@ -249,6 +268,15 @@ def test_a_class_out_of_range_is_named(data, tmp_path, capsys):
     assert "some/5.png: holds the class 7; there are 2, numbered from 0, and 255" in error
 
 
+def test_a_run_does_not_go_on_with_other_masks(run, data, tmp_path, capsys):
+    out = run(tmp_path / "run", "--train.steps=2", "--optim.warmup-epochs=0")
+    (out / "summary.json").unlink()
+    other = changed(data, tmp_path, lambda file: Image.fromarray(np.eye(40, 52, dtype=np.uint8)).save(file))
+    error = refused(arguments(other, out, "--train.steps=2", "--optim.warmup-epochs=0"), capsys)
+    assert "not the samples that the run in" in error
+    assert "changed: masks some (" in error or "changed: masks ." in error
+
+
 def test_a_mask_that_is_a_picture_is_named(data, tmp_path, capsys):
     wrong = changed(data, tmp_path, lambda file: Image.new("RGB", (52, 40)).save(file))
     assert "some/5.png: pixels of the kind RGB: class numbers in one channel" in refused(
@@ -290,6 +318,25 @@ def test_what_belongs_together(data, tmp_path, capsys):
     assert "--task segment needs --data, --masks, --val and --val-masks" in refused(words, capsys)
     words = ["--recipe=finetune:demo", f"--masks={data['masks']}", f"--out={tmp_path / 'run'}"]
     assert "--masks is of --task segment" in refused(words, capsys)
+
+
+def test_predictions_are_shown_beside_the_truth():
+    """An image, its mask over it, the prediction over it: half of the class's colour where it is, bare elsewhere."""
+    image = torch.full((3, 160, 160), 100, dtype=torch.uint8)
+    mask, said = np.zeros((160, 160), np.uint8), np.zeros((160, 160), np.uint8)
+    mask[:80], mask[150:], said[80:] = 1, 255, 2
+    shown = [Shown(image, mask, said)]
+    sheet = np.array(predictions_picture(shown, ("ground", "a", "b"))).astype(int)
+    colours = palette(3).astype(int)
+    expected = np.full((160, 3 * 160 + 2 * 6, 3), 255)
+    for column in range(3):
+        expected[:, column * 166 : column * 166 + 160] = 100
+    expected[:80, 166 : 166 + 160] = (100 + colours[1]) // 2
+    expected[80:, 332:] = (100 + colours[2]) // 2
+    assert np.array_equal(sheet[:160], expected)
+    assert sheet.shape == (160 + 6 + 18, 492, 3)
+    for colour in colours[1:]:
+        assert (sheet[166:] == colour).all(-1).sum() > 50
 
 
 def test_the_loss_has_the_heads_auxiliary_outputs_in_it():
