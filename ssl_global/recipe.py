@@ -38,6 +38,7 @@ class Data:
     max_pixels: int = MAX_PIXELS  # of an image before it is decoded; larger ones count as bad
     shuffle_block: int = 8  # neighbouring samples of a shard that stay near each other, so that reads are in a row
     shuffle_window: int = 1024  # blocks whose samples are shuffled among each other
+    images_per_class: int | None = None  # to learn from, at most, the ones that the seed says; None: all there are
     repeats: int = 1  # view sets of a decoded sample in a batch (Hoffer et al. 2020); an epoch counts each
     last_batch: Literal["carry", "drop"] = "carry"  # what is left of an epoch goes first in the next, or is left out
     workers: int | None = None  # decoders beside each training process; None: the cores it has, 16 at most; 0: itself
@@ -52,6 +53,11 @@ class Data:
                 raise wrong("data.repeats", self.repeats, "1 for data.reader stream")
         elif self.epoch_images is not None:
             raise wrong("data.epoch_images", self.epoch_images, "only for data.reader stream: indexed data are counted")
+        if self.images_per_class is not None:
+            if self.images_per_class < 1:
+                raise wrong("data.images_per_class", self.images_per_class, "at least 1, or None for all")
+            if self.reader == "stream":
+                raise wrong("data.images_per_class", self.images_per_class, "None for data.reader stream")
         if self.channels < 1:
             raise wrong("data.channels", self.channels, "3 (colour), 1 (grey), or the number of the files' bands")
         for name in ("mean", "std"):

@@ -59,6 +59,11 @@ WRONG = [
     ("--recipe dino --data.channels 0", "data.channels = 0: 3 (colour), 1 (grey), or the number of the files' bands"),
     ("--recipe dino --data.mean auto --data.reader stream", "data.epoch_images = None: a stream is not counted"),
     ("--recipe dino --data.shuffle-block 0", "data.shuffle_block = 0: at least 1"),
+    ("--recipe dino --data.images-per-class 0", "data.images_per_class = 0: at least 1, or None for all"),
+    (
+        "--recipe dino --data.images-per-class 5 --data.reader stream --data.epoch-images 9",
+        "data.images_per_class = 5: None for data.reader stream",
+    ),
     ("--recipe dino --data.channels 1", "data.mean = (0.485, 0.456, 0.406): one number for each of data.channels = 1"),
     ("--recipe dino --checkpoint.keep 1", "checkpoint.keep = 1: at least 2"),
     ("--recipe dino --method.teacher-temp 0 0.04", "method.teacher_temp = (0.0, 0.04): both above 0"),

@@ -18,6 +18,7 @@ STEP = 3  # of a process in a step: drop path
 SAMPLE = 4  # of the built-in sample's crops
 SHAPE = 6  # of the built-in sample's shapes
 WINDOW = 5  # of the samples of a window of an epoch
+FEW = 7  # of the images of a class that are learnt from
 
 
 def stream(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:

@@ -48,6 +48,8 @@ class SegmentConfig(TunedConfig):
                 raise wrong(
                     f"views.globals.{name}", getattr(recipe.views.globals, name), "none: masks would not follow"
                 )
+        if recipe.data.images_per_class is not None:
+            raise wrong("data.images_per_class", recipe.data.images_per_class, "None: an image's mask has many classes")
         try:
             heads.head_class(self.head)
         except ValueError as error:

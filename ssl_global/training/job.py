@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ssl_global.command_line import Command
+from ssl_global.data.few import few_of_each_class
 from ssl_global.data.loader import Indexed, Loader, Samples, ahead_on_device
 from ssl_global.data.masks import Masks
 from ssl_global.data.order import Order, batches
@@ -179,7 +180,8 @@ def open_data(command: Command, accelerator: Accelerator) -> tuple[Source | Stre
     if settings.data.reader == "stream":
         assert settings.data.epoch_images is not None
         return Stream(data, epoch_images=settings.data.epoch_images, seed=settings.seed), val_data
-    return open_source(data), val_data
+    source, few = open_source(data), settings.data.images_per_class
+    return source if few is None else few_of_each_class(source, few, seed=settings.seed), val_data
 
 
 def layout_of(plan: Plan, recipe: Recipe, accelerator: Accelerator) -> Layout:

@@ -328,6 +328,15 @@ def test_two_processes_equal_one(run, data, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_a_run_on_a_few_images_of_each_class(run, data, tmp_path, capsys):
+    few = [*MIXED, "--data.images-per-class=4", "--train.steps=3"]
+    out = run(tmp_path / "few", *few)
+    assert json.loads((out / "summary.json").read_text())["data"] == "12 of 24 images, 3 classes, 4 images of each"
+    capsys.readouterr()
+    error = refused(arguments(data, out, *MIXED, "--data.images-per-class=5", "--train.steps=3"), capsys)
+    assert "data.images_per_class was 4, is 5" in error
+
+
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 
