@@ -48,7 +48,7 @@ class Network(nn.Module):
             width: dict[str, Any] = {} if spec.width is None else {"width": spec.width}
             self.features = Features(backbone, pyramid=kind.joins_scales, **width)
             sizes = self.features.channels, self.features.strides, len(spec.classes)
-            self.head = heads.build(spec.head, *sizes, **width)
+            self.head = heads.build(spec.head, *sizes, **(width if kind.has_width else {}))
             self.auxiliary = AuxiliaryHead(*sizes, **width) if spec.auxiliary else None
         except ValueError as error:
             raise UserError(str(error)) from error

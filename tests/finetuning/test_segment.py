@@ -143,7 +143,7 @@ def test_the_recipes_hold_together(function):
 )
 def test_all_heads_on_all_kinds_of_backbones(head, name, model_args):
     """Any size of image, a gradient for every parameter that learns, one class for each pixel."""
-    config = SegmentConfig(head=head, classes=("a", "b", "c"), width=None if head == "linear" else 8)
+    config = SegmentConfig(head=head, classes=("a", "b", "c"), width=8)
     torch.manual_seed(0)
     segmenter = Segmenter(spec_of(config, PretrainedConfig(name=name, model_args=model_args), 64, 3))
     main_logits, beside, auxiliary = segmenter.model.all_logits(torch.randn(2, 3, 64, 64))
@@ -197,7 +197,6 @@ def test_interrupted_and_resumed_is_bit_equal(run, tmp_path, monkeypatch):
 def test_two_processes_sharded_or_not_equal_one(run, data, tmp_path):
     """The head's batch norm is taken over the images of both."""
     more = ["--method.head=linear", "--method.no-auxiliary", "--attention", "blocks.1=se", "--eval.every=3"]
-    more += ["--method.width=None"]
     one = run(tmp_path / "one", *more)
     for name, first, script in (("ddp", [], "finetune.py"), ("fsdp", ["--finetune"], "tests/fsdp_on_cpu.py")):
         words = [*first, *arguments(data, tmp_path / name, *more)]

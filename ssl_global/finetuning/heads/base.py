@@ -23,6 +23,7 @@ class Head(nn.Module):
     Raises ValueError for numbers that cannot be.
     """
 
+    has_width = True  # its maps have a number of channels to choose
     joins_scales = False  # it uses all maps, and wants them at several resolutions: else only the last
     auxiliary_weight = 1.0  # of each auxiliary output's loss beside the main one's
 

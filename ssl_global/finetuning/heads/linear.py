@@ -14,6 +14,8 @@ from ssl_global.finetuning.heads.base import Head, Logits, classifier
 
 
 class Linear(Head):
+    has_width = False
+
     def __init__(
         self, channels: Sequence[int], strides: Sequence[float], num_classes: int, *, dropout: float = 0.0
     ) -> None:
