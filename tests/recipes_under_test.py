@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ssl_global.command_line import find, recipe_files
+from ssl_global.encoders.pretrained import PretrainedConfig
 from ssl_global.recipe import Recipe
 
 FUNCTIONS = [(name, function) for name in recipe_files() for function in ("recipe", "demo")]
@@ -13,3 +14,6 @@ def load_recipe(recipe_name: str, function: str, /, **encoder) -> Recipe:
     _, _, build = find(f"{recipe_name}:{function}", default="")
     recipe = build()
     return replace(recipe, encoder=replace(recipe.encoder, **encoder))
+
+
+TUNING = [name for name in recipe_files() if isinstance(load_recipe(name, "recipe").encoder, PretrainedConfig)]

@@ -16,6 +16,7 @@ from benchmarks.measure import Comparison, compare
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
+    "attention_table": ["--small", "--seeds", "2", "--variants", "Baseline", "Criss-Cross"],
     "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
@@ -37,10 +38,12 @@ def test_every_benchmark_is_tried_here() -> None:
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    images.mkdir()
     for number in range(4):
-        Image.new("RGB", (60, 50), (40 * number, 0, 9)).save(images / f"{number}.jpg")
-    words = ["--images", images] if name == "data" else []
+        (images / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 50), (40 * number, 0, 9)).save(images / f"{number % 2}" / f"{number}.jpg")
+    words = ["--images", images / "0"] if name == "data" else []
+    if name == "attention_table":
+        words = ["--data", images, "--val", images, "--runs", tmp_path / "runs"]
     done = run(name, *SMALL[name], *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-2000:]
     if name == "data":
@@ -57,6 +60,14 @@ def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
         for of_side in found["figures"]["criss_cross"].values():
             assert of_side["plain form"]["kept_bytes"] > of_side["module"]["kept_bytes"]
             assert all(of["peak_bytes"] > 0 and of["time"]["milliseconds"] > 0 for of in of_side.values())
+    if name == "attention_table":
+        rows = json.loads((tmp_path / "out").read_text())["rows"]
+        assert [len(row["accuracies"]) for row in rows.values()] == [2, 2]
+        gain = rows["Criss-Cross"]["difference"]
+        assert gain["low"] <= gain["mean"] <= gain["high"]
+        assert {file.stem for file in (tmp_path / "runs").glob("*.txt")} == {
+            "baseline-0", "baseline-1", "criss_cross-0", "criss_cross-1"
+        }  # fmt: skip
     if name == "swin":
         found = json.loads((tmp_path / "out").read_text())
         assert len(found["comparisons"]) == len(found["promised"]) == 4

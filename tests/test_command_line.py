@@ -12,7 +12,7 @@ from ssl_global.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 WRONG = [
-    ("", "--recipe is missing: one of dino, dino_swin, finetune, mae, mae_swin"),
+    ("", "--recipe is missing: one of dino, dino_swin, finetune, global_cnn, global_swin_tune, mae,"),
     ("--recipe dno", "--recipe dno: no recipe of that name, did you mean dino?"),
     ("--recipe nowhere.py", "there is no file nowhere.py"),
     ("--recipe dino:small", "has no function small(); recipe() and demo() are usual"),

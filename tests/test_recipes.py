@@ -6,9 +6,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from recipes_under_test import FUNCTIONS, load_recipe
+from recipes_under_test import FUNCTIONS, TUNING, load_recipe
 
 from ssl_global.command_line import Command, parse, recipe_files
+from ssl_global.finetune import Finetune
 from ssl_global.recipe import as_json, from_json
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,7 @@ PARTS = {"Data", "Views", "Crops", "EncoderConfig", "MethodConfig", "Optim", "Tr
 def test_the_walk_finds_the_recipes():
     print(f"{len(recipe_files())} recipes")
     assert {"dino", "mae"} <= recipe_files().keys()
+    assert TUNING == ["finetune", "global_cnn", "global_swin_tune", "small_resnet"]
 
 
 @pytest.mark.parametrize(("name", "function"), FUNCTIONS)
@@ -33,7 +35,8 @@ def test_a_recipe_holds_together_and_survives_json(name, function):
 @pytest.mark.parametrize("name", list(recipe_files()))
 def test_a_recipe_says_what_how_and_where_its_numbers_are_from(name):
     head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
-    job = "finetune.py" if name == "finetune" else f"pretrain.py --recipe {name}"
+    script = "finetune.py" if name in TUNING else "pretrain.py"
+    job = script if name == Finetune.usual_recipe else f"{script} --recipe {name}"
     for words in (f"accelerate launch {job}", "Expect", "Numbers", "https://arxiv.org/abs/"):
         assert words in head, words
 
@@ -43,9 +46,9 @@ def test_options_that_a_recipe_offers_go_with_it(name):
     """The lines of its head that are nothing but options."""
     head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
     offers = [line.split() for line in head.splitlines() if line.startswith("    --")]
-    assert len(offers) == {"mae_swin": 2, "dino_swin": 1}.get(name, 0)
+    assert len(offers) == {"mae_swin": 2, "dino_swin": 1, "small_resnet": 5}.get(name, 0)
     for words in offers:
-        command, _ = parse(["--recipe", f"{name}:recipe", *words], Command)
+        command, _ = parse(["--recipe", f"{name}:recipe", *words], Finetune if name in TUNING else Command)
         command.settings.check()
 
 
@@ -64,6 +67,10 @@ def test_the_papers_numbers():
     assert (dino.method.prototypes, dino.method.teacher_momentum) == (65_536, (0.996, 1.0))
     assert (dino.views.globals.count, dino.views.locals.count) == (2, 8)
     assert (dino.views.globals.blur, dino.views.globals.solarize) == ((1.0, 0.1), (0.0, 0.2))
+    small, swin = load_recipe("small_resnet", "recipe"), load_recipe("global_swin_tune", "recipe")
+    assert (small.train.global_batch, small.data.mean, small.data.std) == (64, (0.5,) * 3, (0.5,) * 3)
+    assert (swin.train.epochs, swin.optim.warmup_epochs, swin.optim.clip_norm) == (30, 5, 5.0)
+    assert (swin.train.global_batch, swin.encoder.drop_path, swin.method.mixup) == (1024, 0.1, 0.8)
 
 
 def config_fields(config):

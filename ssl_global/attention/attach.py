@@ -27,7 +27,7 @@ from ssl_global.attention import build
 from ssl_global.attention.base import Attention
 from ssl_global.attention.cost import Precision, Report, cost, zeros_for
 from ssl_global.attention.layout import ImageSize, Layout, Observed, Patches, in_evaluation, laid_as, layout_at, observe
-from ssl_global.attention.places import find, four_stages, host_of, input_size_of, listed, stages
+from ssl_global.attention.places import find, four_stages, host_of, input_size_of, listed, matching, stages
 
 Chosen = str | tuple[str, Mapping[str, Any]]  # a module's name, or its name and options
 
@@ -317,6 +317,7 @@ def parse(text: str) -> tuple[str | None, Chosen]:
 def placed(model: nn.Module, texts: Sequence[str]) -> dict[str, Chosen]:
     """Modules as a command line says them, by their places; by default after the last stage but one.
 
+    A place with *, ? or [ stands for all paths that it matches: layer*.bn2=se puts one into each block of a ResNet-18.
     Raises ValueError for what cannot be read, and for two at one place.
     """
     chosen: dict[str, Chosen] = {}
@@ -324,10 +325,10 @@ def placed(model: nn.Module, texts: Sequence[str]) -> dict[str, Chosen]:
         place, module = parse(text)
         if place is None and len(four_stages(model)) < 2:
             raise ValueError(f"{text}: the model names no stages; PLACE={text} would be right")
-        place = place or four_stages(model)[-2]
-        if place in chosen:
-            raise ValueError(f"{text}: {name_of(chosen[place])} has {place} already")
-        chosen[place] = module
+        for one in matching(model, place or four_stages(model)[-2]):
+            if one in chosen:
+                raise ValueError(f"{text}: {name_of(chosen[one])} has {one} already")
+            chosen[one] = module
     return chosen
 
 

@@ -5,6 +5,7 @@ have the encoders here ("model.layers.2"). The model's own name of a place works
 """
 
 import difflib
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,21 @@ def find(model: nn.Module, place: str) -> str:
         offered = f"its stages are {listed(known)}" if known else f"the nearest are {listed(near)}"
         raise ValueError(f"{place}: not in this {type(model).__name__}; {offered}")
     return path
+
+
+def matching(model: nn.Module, place: str) -> list[str]:
+    """The paths that a place with *, ? or [ stands for, as in file names (* passes dots too); else the place itself.
+
+    Raises ValueError if it stands for none.
+    """
+    if not set(place) & set("*?["):
+        return [place]
+    found = [name for name, _ in model.named_modules() if fnmatchcase(name, place)]
+    if not found:
+        raise ValueError(
+            f"{place}: matches nothing in this {type(model).__name__}; its stages are {listed(stages(model))}"
+        )
+    return found
 
 
 def path_of(model: nn.Module, place: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes_under_test import TUNING
 
 from ssl_global.command_line import recipe_files
 from ssl_global.data.sample import built_in_sample
@@ -29,7 +30,8 @@ def twenty_losses(name: str, out: Path) -> list[float]:
     ]  # fmt: skip
     if name.startswith("dino"):
         words.append("--method.freeze-prototypes-epochs=0.1")
-    if name == "finetune":
+    if name in TUNING:
+        words += [] if name == "finetune" else ["--train.global-batch=16"]  # the others take longer
         finetune([*words, f"--val={val}", "--log-with"])
     else:
         pretrain([*words, "--log-with"])
