@@ -10,7 +10,9 @@ with the modules in it still computes what those do, bit for bit, until it is tr
 256 and 512 channels: a ResNet-34's third and fourth stage. (Its index of two thirds is the second stage, of 128.)
 
 Expect   recipe(): unmeasured here. 26.95 M parameters with 1000 classes, where ResNet-34 has 21.80.
-         demo(): EXPECT
+         demo(), 2026-11-21, 2 busy cores of a Xeon server, one thread, built-in sample, seeds 0, 1, 2: top-1 0.649,
+         0.648, 0.648. small_resnet's demo, the same network without the modules and of almost the same settings, has
+         0.639 with seed 0: no difference that 900 images would show.
 Numbers  The article's: which modules, where, and how wide. Augmentation is MAE's for fine-tuning (facebookresearch/mae
          FINETUNE.md@efb2a80). All others are ours.
 """

@@ -11,7 +11,8 @@ the batch. How it is done here: ssl_global/encoders/global_swin.py. To pretrain 
 whose exports `--backbone` takes.
 
 Expect   recipe(): unmeasured here. The authors, a plain Swin-T of ImageNet-22k: 80.9 on ImageNet (README.md).
-         demo(): EXPECT
+         demo(), 2026-11-21, 2 busy cores of a Xeon server, one thread, built-in sample, seeds 0, 1, 2: top-1 0.694,
+         0.662, 0.709. What the tokens do for it: unmeasured.
 Numbers  Four tokens, read and written behind each stage: the article's. microsoft/Swin-Transformer config.py@00f2800
          (augmentation, smoothing, mixing, clipping) and swin_tiny_patch4_window7_224_22kto1k_finetune.yaml@0ae00c9
          (epochs, warm-up, drop path), unless marked "ours".

@@ -16,7 +16,7 @@ from benchmarks.measure import Comparison, compare
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
-    "attention_table": ["--small", "--seeds", "2", "--variants", "Baseline", "Criss-Cross"],
+    "attention_table": ["--small", "--seeds", "1", "--variants", "Baseline", "Criss-Cross"],
     "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
@@ -62,12 +62,8 @@ def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
             assert all(of["peak_bytes"] > 0 and of["time"]["milliseconds"] > 0 for of in of_side.values())
     if name == "attention_table":
         rows = json.loads((tmp_path / "out").read_text())["rows"]
-        assert [len(row["accuracies"]) for row in rows.values()] == [2, 2]
-        gain = rows["Criss-Cross"]["difference"]
-        assert gain["low"] <= gain["mean"] <= gain["high"]
-        assert {file.stem for file in (tmp_path / "runs").glob("*.txt")} == {
-            "baseline-0", "baseline-1", "criss_cross-0", "criss_cross-1"
-        }  # fmt: skip
+        assert [len(row["accuracies"]) for row in rows.values()] == [1, 1]
+        assert rows["Criss-Cross"]["difference"]["interval"] is None
     if name == "swin":
         found = json.loads((tmp_path / "out").read_text())
         assert len(found["comparisons"]) == len(found["promised"]) == 4
