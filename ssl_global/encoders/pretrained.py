@@ -83,7 +83,9 @@ def of_backbone(config: PretrainedConfig, backbone: str) -> PretrainedConfig:
             named(architecture)
         except ValueError as error:
             raise UserError(f"--backbone {error}, and no folder either") from error
-    return replace(config, name=architecture, model_args="{}", weights=backbone if tag else None)
+    # With published weights, which are a plain Swin's, it begins as what they are of.
+    arguments = {"start": "identity"} if tag and architecture.startswith("global_swin_") else {}
+    return replace(config, name=architecture, model_args=json.dumps(arguments), weights=backbone if tag else None)
 
 
 class Pretrained(Encoder):
