@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ssl_global.attention.attach import Attachment, attach
 from ssl_global.encoders.encoder import Encoder
+from ssl_global.encoders.pooling import attention_pool, pool_by_attention
 from ssl_global.errors import UserError
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.recipe import Data, Recipe, as_json
@@ -129,22 +130,26 @@ def prove(encoder: Encoder, folder: Path) -> int:
 
 
 def load(folder: Path, **options: Any) -> torch.nn.Module:
-    """An export's model, in eval mode: as timm loads it, and with its attention modules, which timm does not know.
+    """An export's model, in eval mode: as timm loads it, and with its attention modules or attention pooling, which
+    timm does not know.
 
-    options  of timm.create_model; for a model with attention modules there are none
+    options  of timm.create_model; for a model with such there are none
     """
     folder = Path(folder)
     found = json.loads((folder / "config.json").read_text())
     if "segmenter" in found:
         return segmenter(folder, found["segmenter"])
-    if not found.get("attention"):
+    if not (found.get("attention") or found.get("attention_pool")):
         model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
         return model.eval()
     if options:
-        raise ValueError(f"{folder}: has attention modules: it is loaded as it is, without {', '.join(options)}")
+        raise ValueError(f"{folder}: has attention that is ours: it is loaded as it is, without {', '.join(options)}")
     model = timm.create_model(found["architecture"], num_classes=found["num_classes"], **found["model_args"])
-    size = tuple(found["pretrained_cfg"]["input_size"])
-    attach(model, {place: tuple(chosen) for place, chosen in found["attention"].items()}, input_size=size)
+    if found.get("attention_pool"):
+        pool_by_attention(model)
+    if found.get("attention"):
+        size = tuple(found["pretrained_cfg"]["input_size"])
+        attach(model, {place: tuple(chosen) for place, chosen in found["attention"].items()}, input_size=size)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
@@ -154,7 +159,8 @@ def more_of(encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, Segmenter):
         return {"segmenter": asdict(encoder.spec)}
     attention = Attachment(encoder.model).modules
-    return {"attention": attention} if attention else {}
+    pool = {"attention_pool": True} if attention_pool(encoder.model) else {}
+    return pool | ({"attention": attention} if attention else {})
 
 
 def segmenter(folder: Path, spec: dict[str, Any]) -> torch.nn.Module:
@@ -244,12 +250,12 @@ from ssl_global.inference.sliding_window import SlidingWindow
 model = load("PATH/OF/THIS/FOLDER")  # (B, {encoder.channels}, H, W) -> (B, {encoder.num_classes}, H, W)
 model = SlidingWindow(model, window={encoder.pixels}, overlap={encoder.pixels // 4}, margin=0)  # as it was judged
 ```"""
-    if attached(encoder):
+    if more_of(encoder):
         return f"""```python
 import timm
 from ssl_global.export import load
 
-model = load("PATH/OF/THIS/FOLDER")  # with its attention modules, which timm does not know
+model = load("PATH/OF/THIS/FOLDER")  # with its attention, which timm does not know
 {transform}
 ```"""
     if encoder.classes:

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ssl_global.attention.attach import Attachment, attach, placed
 from ssl_global.attention.cost import named
 from ssl_global.encoders.encoder import Encoder, Tokens
+from ssl_global.encoders.pooling import attention_pool, pool_by_attention
 from ssl_global.errors import UserError, wrong
 from ssl_global.recipe import EncoderConfig
 
 if TYPE_CHECKING:
     from ssl_global.recipe import Recipe
 
+USUAL_PIXELS = 224  # of timm's models
+POOLINGS = ("token", "avg", "max", "avgmax", "map")  # that are offered where another was asked for
 OF_THE_POOLING = ("attn_pool", "fc_norm")  # parts that a model gets with another pooling; new, like a head
 
 
@@ -33,7 +37,7 @@ class PretrainedConfig(EncoderConfig):
     model_args: str = "{}"  # for timm.create_model, as JSON; --backbone sets it
     weights: str | None = None  # where the run began: an export's folder, a timm name.tag, or None: untrained
     attention: tuple[str, ...] = ()  # modules to put in: non_local, PLACE=MODULE, or 'PLACE=MODULE(option=value)'
-    pool: str = ""  # timm's global_pool: token, avg, map (attention pooling), ...; the model's own if empty
+    pool: str = ""  # token, avg, max, avgmax, or map (a learned query's attention); the model's own if empty
 
     def check(self, recipe: "Recipe") -> None:
         try:
@@ -98,7 +102,7 @@ class Pretrained(Encoder):
         self.architecture, self.pixels, self.channels = config.name, pixels, channels
         self.model_args: dict[str, Any] = json.loads(config.model_args) | {"in_chans": channels}
         if config.pool:
-            self.model_args["global_pool"] = config.pool
+            self.model_args["global_pool"] = global_pool(config, self.model_args)
         try:
             if takes_size(config.name, self.model_args):
                 self.model_args["img_size"] = pixels
@@ -107,6 +111,8 @@ class Pretrained(Encoder):
             )
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"encoder.name = {config.name}: cannot be built so: {error}") from error
+        if config.pool == "map" and self.model_args["global_pool"] != "map":
+            pool_by_attention(self.model)
         self.width = self.first_width = int(getattr(self.model, "head_hidden_size", self.model.num_features))
         self.patch = 0  # nothing is hidden
         if config.attention:
@@ -130,6 +136,14 @@ class Pretrained(Encoder):
         summary = self.model.forward_head(features, pre_logits=True)
         return Tokens(summary=summary, patches=summary[:, None], grid=(1, 1))
 
+    def tell_apart(self, classes: tuple[str, ...]) -> None:
+        """A new classifier for these behind the pooling that is there."""
+        pool = attention_pool(self.model)
+        self.model.reset_classifier(len(classes))
+        if pool is not None and attention_pool(self.model) is None:  # some of timm's make their average anew
+            pool_by_attention(self.model).load_state_dict(pool.state_dict())
+        self.classes = classes
+
     @property
     def attachment(self) -> Attachment:
         return Attachment(self.model)
@@ -137,6 +151,7 @@ class Pretrained(Encoder):
     def new_parts(self) -> list[nn.Module]:
         """What did not come with the weights: the classifier, another pooling, attention modules."""
         parts = [self.model.get_classifier(), *(getattr(self.model, name, None) for name in OF_THE_POOLING)]
+        parts.append(attention_pool(self.model))
         return [part for part in parts if isinstance(part, nn.Module)] + list(self.attachment.places.values())
 
     def recompute_activations(self) -> None:
@@ -183,3 +198,30 @@ def takes_size(name: str, arguments: dict[str, Any]) -> bool:
     with torch.device("meta"):
         outline = timm.create_model(name, num_classes=0, **arguments)
     return getattr(getattr(outline, "patch_embed", None), "img_size", None) is not None
+
+
+def global_pool(config: PretrainedConfig, arguments: dict[str, Any]) -> str:
+    """What timm is to be asked for to have the pooling that the settings say; "avg" where ours takes its place.
+
+    Raises UserError, listing the poolings that the model can have.
+    """
+
+    def asked_for(pool: str) -> str | None:
+        for timms in (pool, "avg") if pool == "map" else (pool,):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(config.name, num_classes=0, **(arguments | {"global_pool": timms}))
+                    if timms != pool:
+                        pool_by_attention(model)
+                        size = (arguments["in_chans"], *to_2tuple(arguments.get("img_size", USUAL_PIXELS)))
+                        model.eval()(torch.zeros(1, *size))  # a head may want more of its average than this
+            except (TypeError, AssertionError, ValueError, RuntimeError):
+                continue
+            return timms
+        return None
+
+    found = asked_for(config.pool)
+    if found is None:
+        others = ", ".join(pool for pool in POOLINGS if asked_for(pool))
+        raise wrong("encoder.pool", config.pool, f"{config.name} has {others or 'no choice of pooling'}")
+    return found

@@ -123,6 +123,5 @@ class Classify(Tuned):
 def classifier(config: ClassifyConfig, recipe: "Recipe") -> Pretrained:
     encoder = recipe.encoder.build(recipe)
     assert isinstance(encoder, Pretrained)
-    encoder.model.reset_classifier(len(config.classes))
-    encoder.classes = config.classes
+    encoder.tell_apart(config.classes)
     return encoder

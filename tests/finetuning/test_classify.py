@@ -188,6 +188,17 @@ def test_a_probe_leaves_the_backbone_as_it_was():
     step(method.train(), recipe, check=lambda changed: changed == {"model.model.fc.weight", "model.model.fc.bias"})
 
 
+def test_an_attentive_probe_trains_the_query_too():
+    encoder = {"name": "test_resnet", "model_args": "{}", "pool": "map"}.items()
+    method, recipe = classifier(mode="probe", encoder=encoder)
+    new = {n for n in method.state_dict() if n.startswith("model.model.global_pool.")}
+    fc = {"model.model.fc.weight", "model.model.fc.bias"}
+    assert len(new) == 15
+    step(method.train(), recipe, check=lambda changed: new | fc == changed)
+    scales = {id(p): group["lr_scale"] for group in method.parameter_groups() for p in group["params"]}
+    assert {scales[id(p)] for n, p in method.named_parameters() if n in new} == {1.0}
+
+
 def test_gradual_trains_what_is_new_and_then_all():
     encoder = {"name": "test_resnet", "model_args": "{}", "attention": ("layer3=se",)}.items()
     method, recipe = classifier(mode="gradual", frozen_epochs=1.0, encoder=encoder)
@@ -328,6 +339,18 @@ def test_two_processes_equal_one(run, data, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_an_attentive_probe_of_another_network_is_exported_and_loaded(data, tmp_path):
+    probe = ["--backbone=test_resnet", "--encoder.pool=map", "--method.mode=probe"]
+    words = [word for word in arguments(data, tmp_path / "run", *probe) if "model-args" not in word]
+    main([*words, "--views.globals.pixels=32"])
+    export = tmp_path / "run" / "export"
+    assert "global_pool.attention.latent" in load_file(export / "model.safetensors")
+    assert load(export)(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert "from ssl_global.export import load" in (export / "README.md").read_text()
+    with pytest.raises(ValueError, match="it is loaded as it is, without num_classes"):
+        load(export, num_classes=5)
+
+
 def test_a_run_on_a_few_images_of_each_class(run, data, tmp_path, capsys):
     few = [*MIXED, "--data.images-per-class=4", "--train.steps=3"]
     out = run(tmp_path / "few", *few)
@@ -383,7 +406,9 @@ def test_images_without_labels_are_refused(data, tmp_path, capsys):
         (["--method.layer-decay=0"], "method.layer_decay = 0.0: above 0, at most 1"),
         (["--method.mode=gradual"], "method.frozen_epochs = 0.0: above 0 for method.mode gradual"),
         (["--views.globals.augment=auto"], "views.globals.augment = auto: timm's words would be right"),
-        (["--encoder.pool=middle"], "cannot be built so"),
+        (["--encoder.pool=middle"], "encoder.pool = middle: vit_tiny_patch16_224 has token, avg, max, avgmax, map"),
+        (["--encoder.model-args={}", "--backbone=test_resnet", "--encoder.pool=token"],
+         "encoder.pool = token: test_resnet has avg, max, avgmax, map"),
         (["--train.global-batch=9", "--method.mixup=0.5"], "none of its parts is a multiple of 2"),
     ],
 )  # fmt: skip
