@@ -6,6 +6,7 @@
     open_source("shards/train-*.tar")               those that are there, sorted
     open_source("s3://bucket/train-{000..099}.tar") brought to a local cache folder first (remote.py)
     open_source("datasets:beans@train")             of Hugging Face's datasets (huggingface.py)
+    open_source("torchvision:cifar10@train")        of torchvision's, written to local shards first (vision.py)
 
 Nothing here decodes. A source is listed once, when it is opened; it can be pickled, forked and read by threads.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its types lack the error
 
+from ssl_global.data import vision
 from ssl_global.data.decode import BadImage
 from ssl_global.data.index import indexes, is_current
 from ssl_global.data.remote import fetch
@@ -241,6 +243,8 @@ def list_shards(path: str) -> list[str] | None:
     """The local .tar files that `path` stands for; None if it is a folder of images. Fetches remote ones."""
     if path.startswith("datasets:"):
         return None
+    if path.startswith(vision.PREFIX):
+        return vision.shards_of(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
         return fetch(path)
     place = os.path.expanduser(path)
@@ -276,7 +280,8 @@ def expand_word(path: str, word: str) -> list[str]:
     elif "{" in path:
         raise UserError(f"{path}: shard {word} is missing")
     else:
-        raise UserError(f"{path}: there is no such file or folder")
+        meant = f"; of torchvision's datasets it is {vision.PREFIX}{path}" if path in vision.datasets() else ""
+        raise UserError(f"{path}: there is no such file or folder{meant}")
     for shard in found:
         if not (shard.endswith(".tar") and os.path.isfile(shard)):
             raise UserError(f"{path}: {shard} is no .tar file; give .tar shards (not compressed) or a folder of images")
