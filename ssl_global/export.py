@@ -28,6 +28,7 @@ from ssl_global.errors import UserError
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.recipe import Data, Recipe, as_json
 
+MULTI_LABEL = "multi_label_classification"  # as transformers has it
 CROP_SHARE = 0.875  # of the shorter side, as in our own evaluation: 224 of 256
 
 
@@ -88,6 +89,7 @@ def timm_config(encoder: Encoder, data: Data) -> dict[str, Any]:
         "num_features": encoder.width,
         "model_args": encoder.model_args,
         **({"label_names": list(encoder.classes)} if encoder.classes else {}),
+        **({"problem_type": MULTI_LABEL} if encoder.multi_label else {}),
         **more_of(encoder),
         "pretrained_cfg": {
             "input_size": [encoder.channels, encoder.pixels, encoder.pixels],

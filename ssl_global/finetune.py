@@ -20,7 +20,7 @@ from ssl_global.data.sample import built_in_shapes
 from ssl_global.data.source import Source, open_source
 from ssl_global.data.stream import Stream
 from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
-from ssl_global.errors import UserError
+from ssl_global.errors import UserError, wrong
 from ssl_global.export import export
 from ssl_global.finetuning.classify import Classify, ClassifyConfig
 from ssl_global.finetuning.judge import ClassJudge, MaskJudge
@@ -101,14 +101,36 @@ def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe
     if isinstance(train, Stream):
         raise UserError("data.reader = stream: fine-tuning counts its classes first; indexed would be right")
     assert val is not None
-    classes = classes_of(train)
-    refuse_other_classes(classes, train, val)
+    multi_label = train.sets is not None
+    if method.multi_label and not multi_label:
+        raise wrong("method.multi_label", True, f"--data {train.path} has no labels.csv, one class for each image")
+    classes = classes_of_sets(train, val) if multi_label else classes_of(train)
+    if not multi_label:
+        refuse_other_classes(classes, train, val)
     weights: tuple[float, ...] = ()
     if method.balance:
-        assert train.labels is not None
-        counts = np.bincount(train.labels, minlength=len(classes))
-        weights = tuple((len(train) / (len(classes) * np.maximum(counts, 1))).tolist())
-    return replace(recipe, method=replace(method, classes=classes, class_weights=weights))
+        labels = train.labels if train.sets is None else train.sets.members
+        assert labels is not None
+        counts = np.bincount(labels, minlength=len(classes))
+        weights = tuple((len(labels) / (len(classes) * np.maximum(counts, 1))).tolist())
+    return replace(recipe, method=replace(method, classes=classes, class_weights=weights, multi_label=multi_label))
+
+
+def classes_of_sets(train: Source, val: Source) -> tuple[str, ...]:
+    """Names of the classes of which an image has any number. The labels of `val`, which may lack some of them, get the
+    numbers that they have in `train`. Raises UserError for no class at all, and for others than there are in `train`.
+    """
+    if not train.classes:
+        raise UserError(f"--data {train.path}: labels.csv names no class for any image: nothing to tell apart")
+    if val.sets is None:
+        raise UserError(f"--val {val.path}: has no labels.csv, as {train.path} has; one class for each is not enough")
+    number = {name: k for k, name in enumerate(train.classes)}
+    if besides := sorted(set(val.classes or ()) - number.keys()):
+        raise UserError(f"--val {val.path}: other classes than {train.path}: has {', '.join(besides[:3])}")
+    if not val.classes:
+        raise UserError(f"--val {val.path}: labels.csv names no class for any image: nothing to judge by")
+    val.sets, val.classes = val.sets.renumbered([number[name] for name in val.classes]), train.classes
+    return tuple(train.classes)
 
 
 def classes_of(source: Source) -> tuple[str, ...]:
@@ -147,11 +169,17 @@ def begin(method: Method, recipe: Recipe) -> None:
 
 
 def say_baselines(figures: dict[str, float]) -> str:
+    if "map_chance" in figures:
+        return f"before training: by chance the mean average precision would be {figures['map_chance']:.3f}\n"
     return f"before training: the most frequent class would be right {figures['majority']:.3f} of the time\n"
 
 
 def say_summary(figures: dict[str, Any]) -> list[str]:
     done = f"done: {figures['steps']} steps, {figures['images']} images in {figures['seconds']:.0f} s of training"
+    if "map" in figures:
+        precision = f"mean average precision {figures['map']:.3f}, by chance {figures['map_chance']:.3f}"
+        f1 = f"F1 {figures['f1_micro']:.3f} of all answers, {figures['f1_macro']:.3f} by class"
+        return [done, f"{precision}; {f1}", f"export {figures['export']}"]
     right = (
         f"top-1 {figures['top1']:.3f}, top-5 {figures['top5']:.3f}, the most frequent class {figures['majority']:.3f}"
     )

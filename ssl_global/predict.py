@@ -1,6 +1,8 @@
 """What a fine-tuned model says of many images: a table of classes, or a mask and a picture of each.
 
-    OUT/predictions.csv        image, class, probability, and the next best: a line each
+    OUT/predictions.csv        image, class, probability, and the next best: a line each; of a model that was tuned on
+                               any number of classes for each image: image, labels, probabilities, "cat|dog" and
+                               "0.9312|0.7120", all of at least 0.5, the form of the labels.csv that it learnt from
     OUT/masks/NAME.png         class numbers, in a palette, of the image's size
     OUT/overlays/NAME.jpg      the same over the image
 
@@ -23,16 +25,18 @@ from torch import Tensor, nn
 from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.masks import name_of
 from ssl_global.data.progress import report as report_progress
+from ssl_global.data.several import BETWEEN
 from ssl_global.data.source import Source
 from ssl_global.data.views import normalise, plain_view
 from ssl_global.data.workers import in_order, num_workers, workers
 from ssl_global.errors import UserError
-from ssl_global.export import load
+from ssl_global.export import MULTI_LABEL, load
 from ssl_global.finetuning.pictures import overlay, palette
 from ssl_global.inference.sliding_window import SlidingWindow
-from ssl_global.inference.tta import TTA
+from ssl_global.inference.tta import TTA, Activation
 from ssl_global.recipe import Data
 
+ANSWERED = 0.5  # probability from which one of several classes is an answer
 NEXT_BEST = 4  # classes in a line besides the best (ours)
 OVERLAP = 0.25  # of windows, as a share of their side (ours)
 
@@ -46,6 +50,7 @@ class Model:
     pixels: int
     data: Data
     segments: bool
+    multi_label: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def open_model(folder: Path, device: torch.device, *, tta: bool) -> Model:
         found = json.loads((folder / "config.json").read_text())
         spec: dict[str, Any] = found.get("segmenter", {})
         classes = list(spec.get("classes") or found.get("label_names") or map(str, range(found["num_classes"])))
+        multi_label = found.get("problem_type") == MULTI_LABEL
         own = found["pretrained_cfg"]
         channels, pixels, _ = own["input_size"]
         data = Data(channels=channels, mean=tuple(own["mean"]), std=tuple(own["std"]))
@@ -75,10 +81,11 @@ def open_model(folder: Path, device: torch.device, *, tta: bool) -> Model:
     if spec:
         model = SlidingWindow(model, pixels, int(OVERLAP * pixels), margin=0)
     if tta:
-        model = TTA(model, scales=(0.75, 1.0, 1.25) if spec else (1.0,), stride=1)
+        activation: Activation = "sigmoid" if multi_label else "softmax"
+        model = TTA(model, scales=(0.75, 1.0, 1.25) if spec else (1.0,), activation=activation, stride=1)
     else:
-        model = nn.Sequential(model, nn.Softmax(dim=1))
-    return Model(model, classes, pixels, data, bool(spec))
+        model = nn.Sequential(model, nn.Sigmoid() if multi_label else nn.Softmax(dim=1))
+    return Model(model, classes, pixels, data, bool(spec), multi_label)
 
 
 def predict(opened: Model, source: Source, out: Path, *, batch: int, device: torch.device) -> Predicted:
@@ -147,13 +154,19 @@ class Table:
         self.rows = csv.writer(self.file, lineterminator="\n")
         if not whole:
             ranks = range(2, 2 + min(NEXT_BEST, len(opened.classes) - 1))
-            self.rows.writerow(["image", "class", "probability", *(f"{w}_{r}" for r in ranks for w in ("class", "p"))])
+            best = ["image", "class", "probability", *(f"{w}_{r}" for r in ranks for w in ("class", "p"))]
+            self.rows.writerow(["image", "labels", "probabilities"] if opened.multi_label else best)
 
     def has(self, index: int) -> bool:
         return self.source.key(index) in self.there
 
     def write(self, indices: list[int], images: list[Tensor], answers: list[Tensor]) -> None:
         for index, answer in zip(indices, answers, strict=True):
+            if self.opened.multi_label:
+                found = [k for k in answer.argsort(descending=True).tolist() if answer[k] >= ANSWERED]
+                names, shares = [self.opened.classes[k] for k in found], [f"{answer[k]:.4f}" for k in found]
+                self.rows.writerow([self.source.key(index), BETWEEN.join(names), BETWEEN.join(shares)])
+                continue
             best = answer.topk(min(1 + NEXT_BEST, len(answer)))
             said = zip(best.values.tolist(), best.indices.tolist(), strict=True)
             cells = [cell for p, k in said for cell in (self.opened.classes[k], f"{p:.4f}")]

@@ -54,6 +54,8 @@ def few_of_each_class(source: Source, count: int, *, seed: int) -> FewOfEachClas
     """
     if count < 1:
         raise wrong("data.images_per_class", count, "at least 1, or None for all")
+    if source.sets is not None:
+        raise UserError(f"data.images_per_class = {count}: the images of {source.path} have several classes each")
     if source.labels is None:
         raise UserError(f"data.images_per_class = {count}: the images of {source.path} have no labels to choose by")
     ends = np.cumsum(np.unique(source.labels, return_counts=True)[1])

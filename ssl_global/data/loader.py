@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
     """A sample that may be read."""
 
     key: str
-    label: int  # -1: none
+    label: int | np.ndarray  # -1: none; uint8 (K,): 1 for each class that it has
     read: Callable[[], bytes]
     mask: Callable[[], np.ndarray] | None = None  # of the sample's pixels: uint8 (H, W)
 
@@ -65,7 +65,9 @@ class Indexed:
         source = self.source
         for tried in range(min(1 + REPLACEMENTS, len(source))):
             used = (sample + tried) % len(source)
-            label = -1 if source.labels is None else int(source.labels[used])
+            label: int | np.ndarray = -1 if source.labels is None else int(source.labels[used])
+            if source.sets is not None:
+                label = source.sets.target(used, len(source.classes or ()))
             mask = None if self.masks is None else partial(self.masks.read, used)
             yield Candidate(source.key(used), label, partial(source.read, used), mask)
 
@@ -84,7 +86,7 @@ class Filled:
     """What is known of a sample besides its pixels, which lie in the ring."""
 
     key: str = ""
-    label: int = -1
+    label: int | np.ndarray = -1
     seeds: list[int] = field(default_factory=list)  # of each repeat
     colours: list[list[np.ndarray]] = field(default_factory=list)  # by kind of crops, by repeat: (count, numbers)
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of what could not be read
@@ -253,11 +255,19 @@ class Loader:
             "crops": self.ring[slot],
             "colours": [torch.from_numpy(np.stack([c for f in filled for c in f.colours[kind]])) for kind in kinds],
             "seed": torch.tensor([seed for f in filled for seed in f.seeds], dtype=torch.int64),
-            "label": torch.tensor([f.label for f in filled for _ in range(repeats)], dtype=torch.int64),
+            "label": stacked([f.label for f in filled for _ in range(repeats)]),
             "key": [f.key for f in filled for _ in range(repeats)],
             "bad": [bad for f in filled for bad in f.bad],
             "lost": [f.lost for f in filled if f.lost],
         }
+
+
+def stacked(labels: list[int | np.ndarray]) -> Tensor:
+    """int64 (B,), or uint8 (B, K) of sets of classes, without any where a sample was lost."""
+    rows = [label for label in labels if isinstance(label, np.ndarray)]
+    if not rows:
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(np.stack([x if isinstance(x, np.ndarray) else np.zeros_like(rows[0]) for x in labels]))
 
 
 def ahead_on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

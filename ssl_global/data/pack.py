@@ -107,6 +107,8 @@ def pack(
     then, if `out` holds other shards or has no space, or if none of the images can be read.
     """
     check_options(shard_bytes, processes, resize, quality)
+    if source.sets is not None:
+        raise UserError(f"{source.path}: its images have several classes each, which shards do not keep")
     name = name_of(source.path)
     note = out / f"{name}-pack.json"
     prepare_folder(source, out, name, note)

@@ -30,6 +30,7 @@ from ssl_global.data import vision
 from ssl_global.data.decode import BadImage
 from ssl_global.data.index import indexes, is_current
 from ssl_global.data.remote import fetch
+from ssl_global.data.several import FILE, Sets, read_sets
 from ssl_global.data.shards import IMAGE_SUFFIXES, NO_LABEL, Names, read_classes
 from ssl_global.errors import UserError
 
@@ -42,6 +43,7 @@ class Source(ABC):
     path: str  # as the user gave it
     labels: np.ndarray | None  # int64 (N,); None: at least one image has none
     classes: list[str] | None  # the labels' names, where they are known
+    sets: Sets | None = None  # of any number of classes for each image, instead of labels
     sizes: np.ndarray  # int64 (N,), bytes of each image
 
     def __len__(self) -> int:
@@ -85,6 +87,8 @@ class Source(ABC):
         """One line: "3038 images in 4 shards, 9 classes"."""
 
     def describe_labels(self) -> str:
+        if self.sets is not None:
+            return f"{counted(len(self.classes or ()), 'class', 'classes')}, any number for each image"
         if self.labels is None:
             return "no labels"
         return counted(len(self.classes) if self.classes else len(np.unique(self.labels)), "class", "classes")
@@ -98,7 +102,8 @@ def hash_of(parts: dict[str, str]) -> str:
 class FolderSource(Source):
     """Image files under a folder, at any depth, sorted by name; hidden files are left out, links are followed.
 
-    If there are at least two first-level folders and every image lies in one, that folder is its label.
+    If there are at least two first-level folders and every image lies in one, that folder is its label. If there is a
+    labels.csv, that says its labels, any number of them (several.py).
     """
 
     def __init__(self, path: str) -> None:
@@ -109,8 +114,11 @@ class FolderSource(Source):
             raise UserError(f"{path}: no image in this folder (looked for {' '.join(IMAGE_SUFFIXES)} at any depth)")
         self.files = [name for name, _ in found]
         self.sizes = np.array([size for _, size in found], dtype=np.int64)
-        self.classes = class_folders(self.files)
         self.labels = None
+        if found_sets := read_sets(self.root, self.files):
+            self.sets, self.classes = found_sets
+            return
+        self.classes = class_folders(self.files)
         if self.classes:
             number = {name: label for label, name in enumerate(self.classes)}
             self.labels = np.array([number[name.partition("/")[0]] for name in self.files], dtype=np.int64)
@@ -127,7 +135,8 @@ class FolderSource(Source):
         members: dict[str, list[int]] = {}
         for index, folder in enumerate(folders):
             members.setdefault(folder, []).append(index)
-        return {folder: self.digest(indices) for folder, indices in members.items()}
+        labels = {FILE: self.sets.digest(self.classes or [])} if self.sets is not None else {}
+        return {folder: self.digest(indices) for folder, indices in members.items()} | labels
 
     def read(self, index: int) -> bytes:
         try:

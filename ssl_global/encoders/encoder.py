@@ -37,6 +37,8 @@ class Encoder(nn.Module):
     num_globals: int = 0  # of Tokens.globals
     classes: tuple[str, ...] = ()  # that `model` itself tells apart, when it was fine-tuned
 
+    multi_label: bool = False  # whether an image may have any number of them
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)

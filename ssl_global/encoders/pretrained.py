@@ -136,13 +136,13 @@ class Pretrained(Encoder):
         summary = self.model.forward_head(features, pre_logits=True)
         return Tokens(summary=summary, patches=summary[:, None], grid=(1, 1))
 
-    def tell_apart(self, classes: tuple[str, ...]) -> None:
+    def tell_apart(self, classes: tuple[str, ...], *, multi_label: bool = False) -> None:
         """A new classifier for these behind the pooling that is there."""
         pool = attention_pool(self.model)
         self.model.reset_classifier(len(classes))
         if pool is not None and attention_pool(self.model) is None:  # some of timm's make their average anew
             pool_by_attention(self.model).load_state_dict(pool.state_dict())
-        self.classes = classes
+        self.classes, self.multi_label = classes, multi_label
 
     @property
     def attachment(self) -> Attachment:

@@ -6,6 +6,11 @@ decay of the learning rate, mixup or cutmix, label smoothing. timm's own parts d
     x'   = mix of two images, their targets in the same shares   (mixup, Zhang et al. 2018; cutmix, Yun et al. 2019)
     loss = mean over images of - sum over classes of target * log softmax(logits)
 
+Where an image may have any number of classes, each is a question of its own (timm's BinaryCrossEntropy, weights apart):
+
+    t    = target * (1 - smoothing) + smoothing / K
+    loss = mean over images and classes of - weight * (t * log sigmoid(logit) + (1 - t) * log sigmoid(-logit))
+
 Here a batch is mixed in pairs of neighbours, (0, 1), (2, 3)..., each pair by its own seed: so the run is the same on
 any number of processes, which mixing a process's batch with its reverse, as usual, is not.
 """
@@ -43,6 +48,7 @@ class ClassifyConfig(TunedConfig):
     average: float = 0.0  # momentum of a moving average of all weights, which is judged and exported; 0: none
     balance: bool = False  # weigh classes by the inverse of their images
     class_weights: tuple[float, ...] = ()  # mean 1 over the images, from the data, if `balance`
+    multi_label: bool = False  # an image may have any number of classes: so if the data says it (data/several.py)
 
     def check(self, recipe: "Recipe") -> None:
         super().check(recipe)
@@ -73,7 +79,9 @@ class Classify(Tuned):
         self.average = copy.deepcopy(self.model) if config.average else None
         if self.average is not None:
             follow(self.average, self.model)
-        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=self.num_classes)
+        of_one = {"label_smoothing": config.smoothing, "num_classes": self.num_classes}
+        of_the_pair = {"label_smoothing": 0.0, "num_classes": 2}  # in which shares: sets of classes are mixed by them
+        self.mixup = Mixup(config.mixup, config.cutmix, **(of_the_pair if config.multi_label else of_one))
         weights = torch.tensor(config.class_weights or [1.0] * self.num_classes)
         self.class_weights: Tensor
         self.register_buffer("class_weights", weights, persistent=False)
@@ -90,21 +98,39 @@ class Classify(Tuned):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         images, targets = self.mix(batch["views"][0], batch["label"], batch["seeds"])
         logits = self.model.model(images).float()
+        if self.config.multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, self.class_weights, reduction="none")
+            return {"loss": losses.mean()}
         losses = -(targets * self.class_weights * F.log_softmax(logits, dim=1)).sum(1)
         right = logits.argmax(1) == targets.argmax(1)
         return {"loss": losses.mean(), "train_top1": right.float().mean()}
 
     def mix(self, images: Tensor, label: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor]:
-        """images (B, C, H, W) and int (B,) -> images, targets (B, K): pairs of neighbours, each by its first's seed."""
+        """Pairs of neighbours, each by its first's seed.
+
+        images (B, C, H, W) and label int (B,), or uint8 (B, K) of 0 and 1 -> images, targets (B, K)
+        """
         if not self.config.mixes:
-            return images, mixup_target(label, self.num_classes, smoothing=self.config.smoothing)
+            return images, self.targets(label)
         images, targets = images.clone(), []
         for first in range(0, len(images), 2):
             with seeded(seeds[first]):
                 pair = slice(first, first + 2)
-                _, target = self.mixup(images[pair], label[pair])  # the images in place
+                if self.config.multi_label:
+                    _, shares = self.mixup(images[pair], torch.arange(2, device=label.device))
+                    target = shares.to(images.dtype) @ self.targets(label[pair])
+                else:
+                    _, target = self.mixup(images[pair], label[pair])  # the images in place
                 targets.append(target)
         return images, torch.cat(targets)
+
+    def targets(self, label: Tensor) -> Tensor:
+        """(B, K) of labels, or of sets of them, of unmixed images."""
+        smoothing = self.config.smoothing
+        if self.config.multi_label:
+            return label.float() * (1 - smoothing) + smoothing / self.num_classes
+        smooth: Tensor = mixup_target(label, self.num_classes, smoothing=smoothing)
+        return smooth
 
     def after_step(self, progress: Progress) -> None:
         if self.average is not None:
@@ -123,5 +149,5 @@ class Classify(Tuned):
 def classifier(config: ClassifyConfig, recipe: "Recipe") -> Pretrained:
     encoder = recipe.encoder.build(recipe)
     assert isinstance(encoder, Pretrained)
-    encoder.tell_apart(config.classes)
+    encoder.tell_apart(config.classes, multi_label=config.multi_label)
     return encoder

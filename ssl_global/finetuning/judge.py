@@ -1,5 +1,6 @@
 """How good a fine-tuned model is by now: on labelled images that it did not learn from."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from ssl_global.data.source import Source
 from ssl_global.data.views import normalise
 from ssl_global.evaluation.features import extract, own_share, share_of_this_process
 from ssl_global.evaluation.judge import PRECISIONS
-from ssl_global.finetuning.metrics import Classified, Segmented
+from ssl_global.finetuning.metrics import Classified, Labelled, Segmented
 from ssl_global.finetuning.pictures import Shown
 from ssl_global.inference.sliding_window import SlidingWindow
 from ssl_global.recipe import Recipe
@@ -30,22 +31,33 @@ class ClassJudge:
         self, recipe: Recipe, train: Source | None, val: Source, device: torch.device, between: Callable[[], None]
     ) -> None:
         self.recipe, self.val, self.device, self.between = recipe, val, device, between
-        self.last: Classified | None = None
+        self.last: Classified | Labelled | None = None
 
     def baselines(self, encoder: Any) -> dict[str, float]:
-        """{"majority"}: how often the most frequent class would be right."""
+        """{"majority"}: how often the most frequent class would be right. {"map_chance"}: what map would be by chance,
+        the mean of the classes' shares of the images."""
+        if self.val.sets is not None:
+            images = np.bincount(self.val.sets.members)
+            return {"map_chance": float(images[images > 0].mean() / len(self.val))}
         assert self.val.labels is not None
         counts = torch.bincount(torch.from_numpy(self.val.labels))
         return {"majority": (counts.max() / counts.sum()).item()}
 
     def evaluate(self, encoder: Any, *, final: bool) -> dict[str, float]:
         training = encoder.training
+        sets = self.val.sets
+        seen = self.val if sets is None else numbered(self.val)
         logits = extract(
-            self.forward(encoder.eval()), self.val, data=self.recipe.data, pixels=encoder.pixels,
+            self.forward(encoder.eval()), seen, data=self.recipe.data, pixels=encoder.pixels,
             batch=self.recipe.eval.batch, device=self.device, between=self.between,
         )  # fmt: skip
         encoder.train(training)
         assert logits.labels is not None
+        if sets is not None:
+            self.last = Labelled(num_classes=encoder.num_classes)
+            targets = [sets.target(index, encoder.num_classes) for index in logits.labels.tolist()]
+            self.last.update(logits.x, torch.from_numpy(np.stack(targets)))
+            return self.last.figures()
         self.last = Classified(num_classes=encoder.num_classes)
         self.last.update(logits.x, logits.labels)
         figures = self.last.figures()
@@ -66,6 +78,13 @@ class ClassJudge:
 
     def note(self, metrics: dict[str, float]) -> None:
         """Nothing is warned of."""
+
+
+def numbered(source: Source) -> Source:
+    """The same images, each with its own number as its label: so it is known which could be read."""
+    same = copy.copy(source)
+    same.labels = np.arange(len(source))
+    return same
 
 
 class MaskJudge:

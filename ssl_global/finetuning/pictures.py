@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ssl_global.finetuning.metrics import Classified, Segmented
+from ssl_global.finetuning.metrics import Classified, Labelled, Segmented
 
 CELL, MOST_NAMED = 18, 40  # pixels of a cell, and classes up to which they have names (ours)
 LOW, HIGH = np.array([247, 249, 252]), np.array([16, 60, 130])  # colours of none and of all
@@ -31,12 +31,14 @@ class Shown:
     said: np.ndarray  # the same, of the model
 
 
-def keep(judged: Classified | Segmented | None, classes: Sequence[str], out: Path) -> None:
+def keep(judged: Classified | Labelled | Segmented | None, classes: Sequence[str], out: Path) -> None:
     """Writes classes.json, a row for each class, and confusion.png."""
     if judged is None:
         return
     rows = [{k: None if v != v else v for k, v in row.items()} for row in judged.table(classes)]  # JSON has no NaN
     (out / "classes.json").write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    if isinstance(judged, Labelled):  # nothing is taken for another
+        return
     try:
         confusion = judged.confusion
     except ValueError:  # too many classes for a matrix
