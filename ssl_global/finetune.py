@@ -103,7 +103,7 @@ def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe
     assert val is not None
     multi_label = train.sets is not None
     if method.multi_label and not multi_label:
-        raise wrong("method.multi_label", True, f"--data {train.path} has no labels.csv, one class for each image")
+        raise wrong("method.multi_label", True, f"--data {train.path} says one class for each image")
     classes = classes_of_sets(train, val) if multi_label else classes_of(train)
     if not multi_label:
         refuse_other_classes(classes, train, val)
@@ -121,14 +121,14 @@ def classes_of_sets(train: Source, val: Source) -> tuple[str, ...]:
     numbers that they have in `train`. Raises UserError for no class at all, and for others than there are in `train`.
     """
     if not train.classes:
-        raise UserError(f"--data {train.path}: labels.csv names no class for any image: nothing to tell apart")
+        raise UserError(f"--data {train.path}: no image has any class: nothing to tell apart")
     if val.sets is None:
-        raise UserError(f"--val {val.path}: has no labels.csv, as {train.path} has; one class for each is not enough")
+        raise UserError(f"--val {val.path}: says no sets of classes, as {train.path} does (labels.csv)")
     number = {name: k for k, name in enumerate(train.classes)}
     if besides := sorted(set(val.classes or ()) - number.keys()):
         raise UserError(f"--val {val.path}: other classes than {train.path}: has {', '.join(besides[:3])}")
     if not val.classes:
-        raise UserError(f"--val {val.path}: labels.csv names no class for any image: nothing to judge by")
+        raise UserError(f"--val {val.path}: no image has any class: nothing to judge by")
     val.sets, val.classes = val.sets.renumbered([number[name] for name in val.classes]), train.classes
     return tuple(train.classes)
 

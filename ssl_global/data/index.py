@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import track
 
 from ssl_global.data.cache import alone, cache_folder
-from ssl_global.data.shards import MAX_LABEL, NO_LABEL, Names, ShardIndex, Stamp, index_shard, stamp_of
+from ssl_global.data.several import Sets
+from ssl_global.data.shards import MAX_LABEL, SEVERAL, Names, ShardIndex, Stamp, index_shard, stamp_of
 from ssl_global.data.workers import MOST_WORKERS, num_cores
 from ssl_global.errors import UserError
 
-VERSION = 1  # of the file's fields and of what index_shard finds
+VERSION = 2  # of the file's fields and of what index_shard finds
 SUFFIX = ".index.npz"
 WORTH_PROCESSES = 16  # shards without an index: fewer are read sooner than processes are started (ours)
 
@@ -70,7 +71,8 @@ def read(shard: str) -> ShardIndex | None:
             with place.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 if kept["version"].tolist() == VERSION and kept["stamp"].tolist() == list(stamp):
                     keys = Names(kept["keys"], kept["key_ends"])
-                    index = ShardIndex(keys, kept["offsets"], kept["sizes"], kept["labels"], stamp)
+                    sets = Sets(kept["set_members"], kept["set_ends"])
+                    index = ShardIndex(keys, kept["offsets"], kept["sizes"], kept["labels"], stamp, sets)
                     if makes_sense(index):
                         return index
         except Exception:  # not there, or damaged: the zip's parser raises whatever it stumbles over
@@ -90,14 +92,26 @@ def makes_sense(index: ShardIndex) -> bool:
         return False
     if not (np.diff(keys.ends, prepend=0) > 0).all() or (keys.joined[keys.ends[:-1]] & 0xC0 == 0x80).any():
         return False  # a key that is empty, or begins within a letter
+    if not sets_make_sense(index):
+        return False
     keys.joined.tobytes().decode()
     return bool(
         (index.offsets >= 0).all()
         and (index.sizes >= 0).all()
         and (index.sizes <= index.stamp.size - index.offsets).all()
-        and (index.labels >= NO_LABEL).all()
+        and (index.labels >= SEVERAL).all()
         and (index.labels <= MAX_LABEL).all()
     )
+
+
+def sets_make_sense(index: ShardIndex) -> bool:
+    members, ends = index.sets.members, index.sets.ends
+    if any(array.dtype != np.int64 or array.ndim != 1 for array in (members, ends)):
+        return False
+    if len(ends) != (len(index.labels) if (index.labels == SEVERAL).any() else 0):
+        return False
+    in_order = bool((np.diff(ends, prepend=0) >= 0).all()) and (ends[-1] if len(ends) else 0) == len(members)
+    return in_order and bool(((members >= 0) & (members <= MAX_LABEL)).all())
 
 
 def write(place: Path, index: ShardIndex) -> None:
@@ -115,6 +129,8 @@ def write(place: Path, index: ShardIndex) -> None:
                 offsets=index.offsets,
                 sizes=index.sizes,
                 labels=index.labels,
+                set_members=index.sets.members,
+                set_ends=index.sets.ends,
             )
         temporary.replace(place)
     finally:

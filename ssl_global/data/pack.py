@@ -1,6 +1,7 @@
 """From any source to webdataset .tar shards, looking at every image once.
 
-    NAME-000000.tar ...     000000000.jpg, 000000000.cls, ...: numbered as in the source
+    NAME-000000.tar ...     000000000.jpg, 000000000.cls, ...: numbered as in the source; of images with any number of
+                            classes 000000000.json
     classes.json            the labels' names, if the source has them
     NAME-summary.json       what was packed, what was broken and left out, what is there twice; mean and deviation
     NAME-pack.json          of which images and with which options: by it a later call sees that it is to go on
@@ -107,8 +108,6 @@ def pack(
     then, if `out` holds other shards or has no space, or if none of the images can be read.
     """
     check_options(shard_bytes, processes, resize, quality)
-    if source.sets is not None:
-        raise UserError(f"{source.path}: its images have several classes each, which shards do not keep")
     name = name_of(source.path)
     note = out / f"{name}-pack.json"
     prepare_folder(source, out, name, note)
@@ -168,7 +167,7 @@ def prepare_folder(source: Source, out: Path, name: str, note: Path) -> None:
         if not note.exists() and shards_named(out, name):
             raise UserError(f"{out}: holds {name}-*.tar from elsewhere; give another folder for the shards")
         classes = out / "classes.json"
-        if source.labels is not None and classes.exists() and read_json(classes) != source.classes:
+        if (source.labels is not None or source.sets) and classes.exists() and read_json(classes) != source.classes:
             raise UserError(f"{classes}: names other classes than these images; give another folder for the shards")
 
 
@@ -201,6 +200,8 @@ def lock(file: BinaryIO, note: Path) -> None:
 
 def settings_of(source: Source, shard_bytes: int, resize: int | None, quality: int | None) -> dict[str, Any]:
     labels = None if source.labels is None else hashlib.sha256(source.labels.astype("<i8").tobytes()).hexdigest()[:16]
+    if source.sets is not None:
+        labels = source.sets.digest(source.classes or [])
     what = {"images": source.fingerprint, "labels": labels}
     return what | {"shard_bytes": shard_bytes, "resize": resize, "quality": quality}
 
@@ -231,7 +232,14 @@ def estimate(source: Source, resize: int | None, quality: int | None) -> float:
 def tar_sizes(source: Source, ratio: float) -> np.ndarray:
     """int64 (N,): bytes that each image takes in a .tar, with its label and their headers."""
     blocks = -(-np.ceil(source.sizes * ratio).astype(np.int64) // BLOCK)
+    if source.sets is not None:
+        said = np.array([len(as_json(of_several(source.sets[n]))) for n in range(len(source))], dtype=np.int64)
+        return (blocks + 2 - (-said // BLOCK)) * BLOCK
     return (blocks + (1 if source.labels is None else 3)) * BLOCK
+
+
+def of_several(labels: np.ndarray) -> dict[str, list[int]]:
+    return {"labels": labels.tolist()}
 
 
 def plan(sizes: np.ndarray, shard_bytes: int) -> list[range]:
@@ -294,10 +302,15 @@ def readable(job: Job, images: range, figures: Figures, tell: Callable[[], None]
             figures.broken.append((number, without_addresses(str(error))))
         else:
             label = None if source.labels is None else int(source.labels[number])
-            figures.add(image, hashlib.blake2b(data, digest_size=16).hexdigest(), label)
+            labels = [] if label is None else [label]
+            if source.sets is not None:
+                labels = source.sets[number].tolist()
+            figures.add(image, hashlib.blake2b(data, digest_size=16).hexdigest(), labels)
             yield f"{number:09d}.{SUFFIXES[image.format]}", image.data
             if label is not None:
                 yield f"{number:09d}.cls", str(label).encode()
+            if source.sets is not None:
+                yield f"{number:09d}.json", as_json(of_several(source.sets[number]))
         tell()
 
 

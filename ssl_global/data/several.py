@@ -1,4 +1,4 @@
-"""Images with any number of classes each: a file labels.csv in their folder says which.
+"""Images with any number of classes each. Of a folder, the file labels.csv in it says which (of shards: shards.py).
 
     image,labels
     a/0001.jpg,Cardiomegaly|Effusion
@@ -10,7 +10,7 @@ means that the image has none of the classes. Each image has one line. The class
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ssl_global.errors import UserError
 FILE = "labels.csv"
 HEAD = ["image", "labels"]
 BETWEEN = "|"
+MOST_CLASSES = 2**20  # of numbers without names (ours)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,16 @@ class Sets:
     ends: np.ndarray  # int64 (N,), where each image's end
 
     @classmethod
-    def of(cls, sets: Sequence[Sequence[int]]) -> "Sets":
-        members = [number for one in sets for number in sorted(set(one))]
-        return cls(np.array(members, dtype=np.int64), np.cumsum([len(set(one)) for one in sets], dtype=np.int64))
+    def of(cls, sets: Iterable[Iterable[int]]) -> "Sets":
+        rising = [sorted(set(one)) for one in sets]
+        ends = np.cumsum([len(one) for one in rising], dtype=np.int64)
+        return cls(np.array([number for one in rising for number in one], dtype=np.int64), ends)
+
+    @classmethod
+    def join(cls, parts: Sequence["Sets"]) -> "Sets":
+        starts = np.cumsum([0] + [len(part.members) for part in parts])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.members for part in parts]), np.concatenate(ends))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -58,6 +66,14 @@ class Sets:
     def renumbered(self, numbers: Sequence[int]) -> "Sets":
         """With numbers[k] for class k."""
         return Sets.of([[numbers[k] for k in self[index]] for index in range(len(self))])
+
+
+def numbers_as_names(path: str, sets: Sets) -> list[str]:
+    """Of classes that have none. Raises UserError for a number that would take all memory."""
+    most = int(sets.members.max(initial=-1))
+    if most >= MOST_CLASSES:
+        raise UserError(f"{path}: holds the label {most}; classes are numbered from 0, below {MOST_CLASSES}")
+    return [str(number) for number in range(most + 1)]
 
 
 def read_sets(folder: Path, files: Sequence[str]) -> tuple[Sets, list[str]] | None:

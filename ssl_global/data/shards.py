@@ -1,7 +1,8 @@
 """Webdataset .tar shards: finding the images in one by reading headers only.
 
 A sample is the members of one name up to the first dot of its last part: an image (0007.jpg) and its label, as a whole
-number in text (0007.cls or 0007.txt) or in 0007.json ({"label": 3} or {"cls": 3}). All else is passed over.
+number in text (0007.cls or 0007.txt) or in 0007.json ({"label": 3} or {"cls": 3}). Any number of labels are several
+numbers in a .cls ("3 7"), or in a .json without a .cls ({"labels": [3, 7]}, {"labels": []}). All else is passed over.
 
 Not as Python's tarfile, which takes a damaged header for the end of the archive and is silent about the samples behind
 it: here a shard is good to its end mark or it is refused. Nothing is ever extracted, and a member's name is no path:
@@ -12,11 +13,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from ssl_global.data.several import Sets
 from ssl_global.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # a sample uses the first
@@ -30,6 +32,7 @@ MAX_LABEL = 2**31 - 1  # (ours)
 MAX_TEXT_BYTES = 2**20  # of a label or of an extended header (ours)
 MAX_LABEL_DIGITS = 32  # bytes of a .txt that may be a label (ours)
 NO_LABEL = -1
+SEVERAL = -2  # or none of them, but said so
 
 
 class Names:
@@ -73,8 +76,12 @@ class ShardIndex:
     keys: Names
     offsets: np.ndarray  # int64 (N,), bytes from the start of the shard
     sizes: np.ndarray  # int64 (N,), bytes
-    labels: np.ndarray  # int64 (N,), NO_LABEL where there is none
+    labels: np.ndarray  # int64 (N,), NO_LABEL where there is none, SEVERAL where it is in `sets`
     stamp: Stamp  # of the file that was read
+    sets: Sets = field(default_factory=lambda: Sets.of([]))  # of all images, if any has SEVERAL; else of none
+
+    def all_sets(self) -> Sets:
+        return self.sets if len(self.sets) else Sets.of(map(as_set, self.labels.tolist()))
 
     def digest(self) -> str:
         """Of keys and sizes: the same for a copy of the shard, another for other samples."""
@@ -118,16 +125,22 @@ def build_index(path: str, file: int) -> ShardIndex:
     images = {key: image for key, parts in samples.items() if (image := find_image(parts))}
     if not images:
         raise UserError(f"{path}: no image in this shard (members named KEY.jpg or the like, without a further dot)")
+    said = [read_label(path, file, samples[key]) for key in images]
     index = ShardIndex(
         keys=Names.of(images),
         offsets=np.array([image.offset for image in images.values()], dtype=np.int64),
         sizes=np.array([image.size for image in images.values()], dtype=np.int64),
-        labels=np.array([read_label(path, file, samples[key]) for key in images], dtype=np.int64),
+        labels=np.array([x if isinstance(x, int) else SEVERAL for x in said], dtype=np.int64),
         stamp=stamp,
+        sets=Sets.of([] if all(isinstance(x, int) for x in said) else map(as_set, said)),
     )
     if stamp_of(file) != stamp:
         raise UserError(f"{path}: changed while it was read")
     return index
+
+
+def as_set(label: int | list[int]) -> list[int]:
+    return label if isinstance(label, list) else [label] if label >= 0 else []
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -245,10 +258,12 @@ def check_end_mark(path: str, file: int, at: int, end: int) -> None:
             raise UserError(f"{path}: damaged: the end mark is at byte {at}, but there is more at byte {byte}")
 
 
-def read_label(path: str, file: int, parts: dict[str, Member]) -> int:
-    """From .cls, which must hold a whole number, else from .txt or .json, which may. Below 0 means: not labelled."""
+def read_label(path: str, file: int, parts: dict[str, Member]) -> int | list[int]:
+    """From .cls, which must hold whole numbers, else from .txt or .json, which may. Below 0 means: not labelled."""
     if member := parts.get(".cls"):
         written = read_text(path, file, member.offset, member.size)
+        if several := whole_numbers(written):
+            return several
         label = whole_number(written)
         if label is None or label > MAX_LABEL:
             raise UserError(
@@ -260,8 +275,17 @@ def read_label(path: str, file: int, parts: dict[str, Member]) -> int:
         if label is not None and 0 <= label <= MAX_LABEL:
             return label
     if (member := parts.get(".json")) and member.size <= MAX_TEXT_BYTES:
-        return label_in_json(os.pread(file, member.size, member.offset))
+        written = os.pread(file, member.size, member.offset)
+        labels = labels_in_json(written)
+        return label_in_json(written) if labels is None else labels
     return NO_LABEL
+
+
+def whole_numbers(written: bytes) -> list[int]:
+    """Two labels or more; [] if it holds anything else."""
+    found = [whole_number(word) for word in written.split()]
+    labels = [label for label in found if label is not None and 0 <= label <= MAX_LABEL]
+    return labels if len(labels) == len(found) > 1 else []
 
 
 def whole_number(written: bytes) -> int | None:
@@ -269,6 +293,16 @@ def whole_number(written: bytes) -> int | None:
         return int(written)
     except ValueError:
         return None
+
+
+def labels_in_json(raw: bytes) -> list[int] | None:
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    labels = fields.get("labels") if isinstance(fields, dict) else None
+    right = isinstance(labels, list) and all(type(label) is int and 0 <= label <= MAX_LABEL for label in labels)
+    return labels if right else None
 
 
 def label_in_json(raw: bytes) -> int:
@@ -290,6 +324,6 @@ def read_classes(folder: str, labels: np.ndarray) -> list[str] | None:
         return None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         return None
-    if labels.max() >= len(classes):
+    if len(labels) and labels.max() >= len(classes):
         raise UserError(f"{path}: names {len(classes)} classes, but the shards hold the label {labels.max()}")
     return classes

@@ -30,8 +30,8 @@ from ssl_global.data import vision
 from ssl_global.data.decode import BadImage
 from ssl_global.data.index import indexes, is_current
 from ssl_global.data.remote import fetch
-from ssl_global.data.several import FILE, Sets, read_sets
-from ssl_global.data.shards import IMAGE_SUFFIXES, NO_LABEL, Names, read_classes
+from ssl_global.data.several import FILE, Sets, numbers_as_names, read_sets
+from ssl_global.data.shards import IMAGE_SUFFIXES, NO_LABEL, SEVERAL, Names, read_classes
 from ssl_global.errors import UserError
 
 OTHER_FILES = 512  # that a process may want to have open besides its shards (ours)
@@ -167,6 +167,12 @@ class ShardSource(Source):
         self.num_labelled = int((labels != NO_LABEL).sum())
         self.labels = labels if self.num_labelled == len(labels) else None
         self.classes = None if self.labels is None else read_classes(os.path.dirname(shards[0]), self.labels)
+        if (labels == SEVERAL).any():
+            self.labels = None
+            if self.num_labelled == len(labels):
+                self.sets = Sets.join([index.all_sets() for index in found])
+                named = read_classes(os.path.dirname(shards[0]), self.sets.members)
+                self.classes = named or numbers_as_names(path, self.sets)
         self.max_open = may_stay_open(len(shards))
 
     @property
@@ -194,7 +200,7 @@ class ShardSource(Source):
 
     def describe(self) -> str:
         line = f"{counted(len(self), 'image')} in {counted(len(self.shards), 'shard')}, {self.describe_labels()}"
-        return line + (f" (only {self.num_labelled} have one)" if self.labels is None and self.num_labelled else "")
+        return line + (f" (only {self.num_labelled} have one)" if 0 < self.num_labelled < len(self) else "")
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self.starts, index, side="right")) - 1

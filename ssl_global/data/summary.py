@@ -34,14 +34,13 @@ class Figures:
     digests: list[str] = field(default_factory=list)  # of the source's bytes, of each image that is not broken
     broken: list[tuple[int, str]] = field(default_factory=list)  # (number, reason)
 
-    def add(self, image: Examined, digest: str, label: int | None) -> None:
+    def add(self, image: Examined, digest: str, labels: Sequence[int]) -> None:
         self.images += 1
         self.formats[image.format] += 1
         self.modes[image.mode] += 1
         self.widths[image.width] += 1
         self.heights[image.height] += 1
-        if label is not None:
-            self.labels[label] += 1
+        self.labels.update(labels)
         if image.moments is not None:
             self.measured += 1
             self.moments = (np.array(self.moments) + image.moments).tolist()
@@ -78,7 +77,7 @@ def spread(counts: Counter[int]) -> dict[str, float] | None:
 
 
 def by_class(source: Source, labels: Counter[int]) -> dict[str, int] | None:
-    if source.labels is None:
+    if source.labels is None and source.sets is None:
         return None
     if source.classes is None:
         return {str(label): labels[label] for label in sorted(labels)}

@@ -1,7 +1,10 @@
 """Folders with a labels.csv: any number of classes for each image, all the way into a batch, and what is refused."""
 
+import io
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from loaders import recipe_of, serve
@@ -20,7 +23,7 @@ WHOLE = "".join(f"{name},{labels}\n" for name, labels in LABELS.items())
 
 def folder_of(tmp_path: Path, text: str | None = None) -> Path:
     for number, name in enumerate(LABELS):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 12), (60 * number, 0, 0)).save(tmp_path / name)
     lines = "".join(f"{name},{labels}\n" for name, labels in reversed(LABELS.items()))
     (tmp_path / "labels.csv").write_text(f"image,labels\n{lines}" if text is None else text)
@@ -116,5 +119,56 @@ def test_what_needs_one_class_says_so(tmp_path: Path) -> None:
     source = open_source(str(folder_of(tmp_path)))
     with pytest.raises(UserError, match=r"data.images_per_class = 2: the images of .* have several classes each"):
         few_of_each_class(source, 2, seed=0)
-    with pytest.raises(UserError, match="have several classes each, which shards do not keep"):
-        pack(source, tmp_path / "out", shard_bytes=1000)
+
+
+def test_shards_keep_the_sets(tmp_path: Path) -> None:
+    source = open_source(str(folder_of(tmp_path / "images")))
+    packed = pack(source, tmp_path / "shards", shard_bytes=4000, processes=1, progress=False)
+    assert len(packed.shards) > 1
+    assert packed.summary["classes"] == {"cat": 2, "dog": 1, "red fox": 1}
+    for _ in range(2):  # from the headers, then from the index beside them
+        shards = open_source(str(tmp_path / "shards"))
+        assert list(named(shards).values()) == list(named(source).values())
+        assert (shards.labels, shards.classes) == (None, CLASSES)
+
+
+def shard_of(path: Path, *samples: dict[str, bytes]) -> Source:
+    with tarfile.open(path / "s.tar", "w") as tar:
+        for number, sample in enumerate(samples):
+            for suffix, data in ({"png": (path / "a.png").read_bytes()} | sample).items():
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return open_source(str(path / "s.tar"))
+
+
+def test_labels_of_shards_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    ways = [{"cls": b"3 1"}, {"cls": b"2"}, {"json": b'{"labels": [0, 3]}'}, {"json": b'{"labels": []}'}]
+    source = shard_of(tmp_path, *ways)
+    assert source.sets is not None
+    assert [source.sets[n].tolist() for n in range(4)] == [[1, 3], [2], [0, 3], []]
+    assert source.classes == ["0", "1", "2", "3"]
+    some = shard_of(tmp_path, {"cls": b"3 1"}, {})
+    assert (some.labels, some.sets) == (None, None)
+    assert "no labels (only 1 have one)" in some.describe()
+    for written in (b"3 cat", b"3 -1", b"3 9999999999"):
+        with pytest.raises(UserError, match=f"0.cls holds '{written.decode()}'; a label is a whole number"):
+            shard_of(tmp_path, {"cls": written})
+    with pytest.raises(UserError, match="holds the label 2000000000; classes are numbered from 0, below 1048576"):
+        shard_of(tmp_path, {"cls": b"1 2000000000"})
+
+
+def test_a_strangers_index_is_not_believed(tmp_path: Path) -> None:
+    """Whatever it says that no shard could say: it is built anew."""
+    folder_of(tmp_path)
+    shard_of(tmp_path, {"cls": b"3 1"}, {"cls": b"2"})
+    path = tmp_path / "s.tar.index.npz"
+    right = dict(np.load(path))
+    for name, value in (("set_ends", [2]), ("set_ends", [3, 2]), ("set_ends", [-1, 3]), ("set_members", [1, 3]),
+                        ("set_members", [1, -3, 2]), ("set_members", [1, 3, 2**40]), ("labels", [-3, 2])):  # fmt: skip
+        with path.open("wb") as file:
+            np.savez(file, **(right | {name: np.array(value, dtype=np.int64)}))
+        source = open_source(str(tmp_path / "s.tar"))
+        assert source.sets is not None
+        assert [source.sets[n].tolist() for n in range(2)] == [[1, 3], [2]]

@@ -163,14 +163,14 @@ def test_what_does_not_fit_is_one_line(data, tmp_path, capsys):
         Image.new("RGB", (20, 20)).save(folders / name / "0.png")
     run = tmp_path / "run"
     error = refused(arguments(data | {"val": folders}, run), capsys)
-    assert f"--val {folders}: has no labels.csv, as {data['train']} has" in error
+    assert f"--val {folders}: says no sets of classes, as {data['train']} does" in error
     error = refused(arguments({"train": folders, "val": folders}, run, "--method.multi-label"), capsys)
-    assert f"method.multi_label = True: --data {folders} has no labels.csv, one class for each image" in error
+    assert f"method.multi_label = True: --data {folders} says one class for each image" in error
     few = write(tmp_path / "few", 1, seed=0, names=("green", "red"))
     error = refused(arguments({"train": few, "val": data["val"]}, run), capsys)
     assert f"--val {data['val']}: other classes than {few}: has blue" in error
     none = write(tmp_path / "none", 1, seed=0, names=())
     error = refused(arguments({"train": none, "val": data["val"]}, run), capsys)
-    assert "names no class for any image: nothing to tell apart" in error
+    assert "no image has any class: nothing to tell apart" in error
     error = refused(arguments(data, run, "--data.images-per-class=3"), capsys)
     assert "have several classes each" in error
