@@ -314,6 +314,12 @@ def parse(text: str) -> tuple[str | None, Chosen]:
     return (place.strip() if equals else None), (name, options) if options else name
 
 
+def spelled(place: str, name: str, options: dict[str, Any]) -> str:
+    """The other way round what `parse` reads."""
+    said = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    return f"{place}={name}({said})" if options else f"{place}={name}"
+
+
 def placed(model: nn.Module, texts: Sequence[str]) -> dict[str, Chosen]:
     """Modules as a command line says them, by their places; by default after the last stage but one.
 

@@ -7,16 +7,18 @@ built again without the weights that the run began from: those are read once, by
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from ssl_global.attention.attach import Attachment, attach, placed
+from ssl_global.attention.attach import Attachment, attach, placed, spelled
 from ssl_global.attention.cost import named
 from ssl_global.encoders.encoder import Encoder, Tokens
 from ssl_global.encoders.pooling import attention_pool, pool_by_attention
@@ -78,9 +80,21 @@ def of_backbone(config: PretrainedConfig, backbone: str) -> PretrainedConfig:
         try:
             found = json.loads(config_file.read_text())
             name, arguments = str(found["architecture"]), found.get("model_args") or {}
+            attention = tuple(spelled(place, *one) for place, one in (found.get("attention") or {}).items())
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"--backbone {config_file}: no configuration of timm's: {error}") from error
-        return replace(config, name=name, model_args=json.dumps(arguments), weights=str(folder.resolve()))
+        if "segmenter" in found:
+            raise UserError(f"--backbone {backbone}: a segmenter; the backbone that it was made of would be right")
+        # Its attention modules and its pooling come along, unless others are chosen.
+        modules, pool = config.attention or attention, config.pool or ("map" if found.get("attention_pool") else "")
+        return replace(
+            config,
+            name=name,
+            model_args=json.dumps(arguments),
+            weights=str(folder.resolve()),
+            attention=modules,
+            pool=pool,
+        )
     architecture, _, tag = backbone.partition(".")
     if not timm.is_model(architecture):
         try:
@@ -166,14 +180,29 @@ class Pretrained(Encoder):
 
 def weights_of(weights: str, **options: Any) -> dict[str, Tensor]:
     """Of an export's folder, or of timm's published model of that name. Raises UserError if they cannot be had."""
-    where = f"local-dir:{weights}" if Path(weights).is_dir() else weights
+    folder = Path(weights)
     try:
         with torch.random.fork_rng(devices=[]):
-            state: dict[str, Tensor] = timm.create_model(where, pretrained=True, **options).state_dict()
+            if folder.is_dir():
+                return of_export(folder, options)
+            state: dict[str, Tensor] = timm.create_model(weights, pretrained=True, **options).state_dict()
             return state
     except Exception as error:  # of many kinds: the hub's, safetensors', timm's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{weights}: its weights cannot be loaded: {reason}") from error
+
+
+def of_export(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Resampled to the sizes in `options` by timm, as it loads them; parts that timm does not know are as they are."""
+    found = json.loads((folder / "config.json").read_text())
+    if not (found.get("attention") or found.get("attention_pool")):
+        state: dict[str, Tensor] = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).state_dict()
+        return state
+    tensors = load_file(folder / "model.safetensors")
+    known = timm.create_model(found["architecture"], **options)
+    own = {key: tensor for key, tensor in tensors.items() if key in known.state_dict()}
+    resampled = getattr(sys.modules[type(known).__module__], "checkpoint_filter_fn", lambda state, model: state)
+    return {key: tensor for key, tensor in tensors.items() if key not in own} | resampled(own, known)
 
 
 def load_all_but(new_parts: list[nn.Module], model: nn.Module, found: dict[str, Tensor], weights: str) -> None:

@@ -20,6 +20,7 @@ from timm.optim import param_groups_layer_decay
 from tiny_runs import EVERY, assert_bit_equal, finish, losses, start, tensors
 
 from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
+from ssl_global.errors import UserError
 from ssl_global.export import load
 from ssl_global.finetune import main
 from ssl_global.schedules import Progress
@@ -248,6 +249,40 @@ def test_it_begins_from_an_export(data, run, tmp_path):
     exported = load_file(first / "export" / "model.safetensors")
     assert torch.equal(method.model.model.blocks[1].attn.qkv.weight, exported["blocks.1.attn.qkv.weight"])
     assert method.model.model.pos_embed.shape[1] == 65
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--attention", "layer2=non_local(sub_sample=True)", "layer3=se"], ["--encoder.pool=map"]],
+    ids=["attention", "pool"],
+)
+def test_an_export_brings_its_own_parts(data, run, tmp_path, more):
+    """Attention modules and attention pooling, with what they have learnt."""
+    first = run(tmp_path / "first", "--backbone=test_resnet", "--train.steps=2", "--optim.warmup-epochs=0", *more)
+    second = run(
+        tmp_path / "second",
+        f"--backbone={first}",
+        "--train.steps=1",
+        "--optim.lr-per-256-images=1e-12",
+        "--optim.warmup-epochs=0",
+    )
+    before, after = (load_file(out / "export" / "model.safetensors") for out in (first, second))
+    of_the_images = ("running", "num_batches")
+    brought = [name for name in before if not name.startswith("fc.") and not any(one in name for one in of_the_images)]
+    assert any("attached" in name for name in brought) == ("--attention" in more)
+    assert any(name.startswith("global_pool") for name in brought) == ("--attention" not in more)
+    for name in brought:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+    config = of_backbone(PretrainedConfig(), str(first))
+    again = of_backbone(config, str(second))
+    assert again.attention == config.attention == tuple(more[1:] if "--attention" in more else ())
+
+
+def test_a_segmenter_is_no_backbone(tmp_path):
+    for name, text in (("config.json", '{"architecture": "test_resnet", "segmenter": {}}'), ("model.safetensors", "")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="a segmenter; the backbone that it was made of would be right"):
+        of_backbone(PretrainedConfig(), str(tmp_path))
 
 
 def test_mean_pooling_takes_the_last_norm_with_it(tmp_path):
