@@ -13,7 +13,7 @@ registers, global tokens; `prefix` of them), then the patches, row by row. -1 is
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -44,12 +44,12 @@ class LayerMap:
     """
 
     path: str
-    query: Tensor
-    key: Tensor
-    biases: tuple[Tensor, ...] = ()
-    allowed: Tensor | None = None
-    queries: Tensor
-    keys: Tensor
+    query: Tensor = field(repr=False)
+    key: Tensor = field(repr=False)
+    biases: tuple[Tensor, ...] = field(default=(), repr=False)
+    allowed: Tensor | None = field(default=None, repr=False)
+    queries: Tensor = field(repr=False)
+    keys: Tensor = field(repr=False)
     grid: tuple[int, int] | None
     prefix: int
     class_token: bool
@@ -82,7 +82,7 @@ class LayerMap:
                 yield part, part.weights()
 
     def part(self, groups: Tensor | None, queries: Tensor | None) -> "LayerMap":
-        """Some groups and, in each, some queries (int64, numbers in 0..G-1 and 0..Q-1) with all their keys. None: all."""
+        """Some groups and, in each, some queries, with all their keys; int64 in 0..G-1 and 0..Q-1, None: all."""
 
         def pairs(x: Tensor) -> Tensor:  # of what broadcasts to (B, G, H, Q, K)
             return chosen(chosen(x, 1, groups, shared=True), 3, queries, shared=True)
@@ -133,10 +133,10 @@ class LayerMap:
         """How much each patch looks at a token before the patches (class token, register, global token):
         (B, H, rows, cols), in 0..1."""
         rows, cols = self.known_grid()
-        if not isinstance(token, int) or not 0 <= token < self.prefix or not (self.keys == token).any():
-            raise wrong("token", token, f"{self.path} has {self.prefix} tokens before the patches to look at, from 0")
         if not (self.queries >= self.prefix).any():
             raise UserError(f"{self.path}: here global tokens look at patches; `picture(token)` shows at which")
+        if type(token) is not int or not 0 <= token < self.prefix:
+            raise wrong("token", token, f"{self.path} has {self.prefix} tokens before the patches to look at, from 0")
         given = self.empty_row()
         for part, weights in self.chunks():
             here = (part.keys == token)[None, :, None, None, :]

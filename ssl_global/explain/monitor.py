@@ -163,7 +163,7 @@ def sums_of_chunk(part: LayerMap, weights_BGHQK: Tensor) -> tuple[Tensor, Tensor
     num_keys = part.num_allowed().expand(weights_BGHQK.shape[:-1])  # (B, G, H, Q)
     counts = (num_keys > 1) & (part.queries >= 0)[:, None]
     largest = weights_BGHQK.amax(-1)
-    entropy = torch.special.entr(weights_BGHQK).sum(-1) / num_keys.log()
+    entropy = torch.special.entr(weights_BGHQK).sum(-1) / num_keys.to(largest.dtype).log()
     may = True if part.allowed is None else part.allowed
     small = (weights_BGHQK * num_keys[..., None] < NEAR_ZERO) & may
     weight_times_pixels, weight = distance(part, weights_BGHQK)
@@ -185,18 +185,19 @@ def distance(part: LayerMap, weights_BGHQK: Tensor) -> tuple[Tensor, Tensor]:
     if part.grid is None:
         missing = weights_BGHQK.new_full((weights_BGHQK.shape[2],), nan)
         return missing, missing
-    between = (places(part, part.queries)[:, :, None] - places(part, part.keys)[:, None]).norm(dim=-1)  # (G, Q, K)
+    between = (pixels(part, part.queries)[:, :, None] - pixels(part, part.keys)[:, None]).norm(dim=-1)  # (G, Q, K)
     both = (part.queries >= part.prefix)[:, :, None] & (part.keys >= part.prefix)[:, None]
     weights_GHQK = weights_BGHQK.sum(0) * both[:, None]
     return (weights_GHQK * between[:, None]).sum((0, 2, 3)), weights_GHQK.sum((0, 2, 3))
 
 
-def places(part: LayerMap, numbers: Tensor) -> Tensor:
-    """(...) -> (..., 2), in pixels."""
+def pixels(part: LayerMap, places: Tensor) -> Tensor:
+    """Of patches, (...) -> (..., 2): down and to the right."""
     _, cols = part.known_grid()
-    patch = numbers - part.prefix
+    patch = places - part.prefix
     rows_cols = torch.stack([patch.div(cols, rounding_mode="floor"), patch % cols], dim=-1)
-    return rows_cols * torch.tensor(part.stride, device=numbers.device)
+    wide = torch.promote_types(part.query.dtype, torch.float32)
+    return rows_cols * torch.tensor(part.stride, device=places.device, dtype=wide)
 
 
 def by_head(values_BGHQ: Tensor) -> Tensor:
