@@ -16,7 +16,7 @@ Evidence: tests/explain/test_maps.py compares each with what timm's own unfused 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import log, prod
 from typing import Any
 
 import torch
@@ -114,9 +114,9 @@ def minus_infinity(allowed: Tensor) -> Tensor:
     return torch.zeros((), device=allowed.device).where(allowed, float("-inf"))
 
 
-def heads(attention: Any, projected: Tensor) -> Tensor:
-    """(B, N, H * D) -> (B, H, N, D)."""
-    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+def by_heads(projected: Tensor, width: int) -> Tensor:
+    """(B, N, H * width) -> (B, H, N, width)."""
+    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,9 @@ def rotated(
     if attention.qkv is not None:
         q, k = queries_and_keys(attention, x)
     else:
-        q, k = heads(attention, attention.q_proj(x)), heads(attention, attention.k_proj(x))
+        q = attention.q_proj(x)
+        width = q.shape[-1] // attention.num_heads  # queries may share their keys, whose heads are fewer then
+        q, k = by_heads(q, width), by_heads(attention.k_proj(x), width)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if rope is not None:
         rope = trunk.few(rope) if rope.ndim == 4 and len(rope) > 1 else rope
@@ -159,7 +161,7 @@ def rotated(
             torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)
             for part in (q, k)
         )
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # queries may share their keys
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     bias, allowed = masked(attn_mask, is_causal)
     return [sequence(path, trunk, q * attention.scale, k, bias, allowed=allowed)]
 
@@ -183,7 +185,7 @@ def parallel(
 ) -> list[LayerMap]:
     """Attention and MLP out of one projection: the MLP's part comes first."""
     _, q, k, _ = block.in_proj(block.in_norm(trunk.few(x))).split(block.in_split, dim=-1)
-    q, k = block.q_norm(heads(block, q)), block.k_norm(heads(block, k))
+    q, k = block.q_norm(by_heads(q, block.head_dim)), block.k_norm(by_heads(k, block.head_dim))
     bias, allowed = masked(attn_mask, is_causal)
     return [sequence(path, trunk, q * block.scale, k, bias, allowed=allowed)]
 
@@ -211,8 +213,8 @@ def windows_layer(
 ) -> LayerMap:
     """q and k (B * G, H, A, D) of windows that `cut` makes of the map x; padding is what it adds to the places."""
     grid = (x.shape[1], x.shape[2])
-    after_prefix = torch.arange(1, prod(grid) + 1, device=x.device).view(1, *grid, 1)
-    numbers = cut(after_prefix)[..., 0]  # (G, A), 0 where there is no patch
+    from_one = torch.arange(1, prod(grid) + 1, device=x.device).view(1, *grid, 1)
+    numbers = cut(from_one)[..., 0]  # (G, A), 0 where there is no patch
     places = torch.where(numbers > 0, numbers - 1 + trunk.prefix, PADDING)
     images = (x.shape[0], len(places))
     return trunk.layer(
@@ -239,7 +241,7 @@ def swin(path: str, trunk: Trunk, block: Any, x: Tensor) -> list[LayerMap]:
 def cosine(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Swin V2's queries, keys and biases (1, H, A, A)."""
     q, k = queries_and_keys(attention, x)
-    scale = attention.logit_scale.clamp(max=torch.tensor(100.0).log().item()).exp()
+    scale = attention.logit_scale.clamp(max=log(100)).exp()
     area = len(attention.relative_position_index)
     table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
     bias = table[attention.relative_position_index.flatten()].view(area, area, -1).permute(2, 0, 1)
@@ -274,6 +276,7 @@ def global_tokens(path: str, trunk: Trunk, mixer: Any, patches: Tensor, tokens: 
     keys, values, *write_query = mixer.of_patches(mixer.norm_patches(patches)).split(mixer.bottleneck, dim=-1)
     queries = mixer.read_query(mixer.norm_tokens(tokens))
     known = trunk.grid is not None and prod(trunk.grid) == patches.shape[1]
+    trunk.prefix = tokens.shape[1]  # not known before, if a stage is looked at by itself
     in_front = torch.arange(trunk.prefix, device=patches.device)[None]
     behind = torch.arange(patches.shape[1], device=patches.device)[None] + trunk.prefix
     grid = trunk.grid if known else None

@@ -15,7 +15,8 @@ Not as there:
   (https://github.com/jacobgil/vit-explain). There the smallest of the whole matrix go, here of each query, so that no
   query loses all; and there only of the batch's first image.
 
-It is a sketch: MLPs, norms and the size of values play no part in it, nor do modules that gate features.
+It is a sketch: MLPs, norms and the size of values play no part in it, nor do gates (what global tokens write counts
+even while their gate is 0).
 Evidence: tests/explain/test_rollout.py, against products of whole matrices in float64.
 """
 

@@ -33,6 +33,13 @@ SEQUENCES = {  # name: (timm's name, options, tokens before the patches, class t
     "eva02": ("eva02_tiny_patch14_224", NAMED, 1, True),
     "dinov3": ("vit_small_patch16_dinov3", NAMED, 5, True),
     "three projections": ("eva02_tiny_patch14_224", NAMED | {"qkv_fused": False, "attn_type": "rope"}, 1, True),
+    "shared keys": (
+        "eva02_tiny_patch14_224",
+        NAMED | {"qkv_fused": False, "attn_type": "rope", "num_kv_heads": 2},
+        1,
+        True,
+    ),
+    "mixed rope": ("vit_small_patch16_rope_mixed_224", NAMED, 1, True),
     "beit": ("beit_base_patch16_224", NAMED, 1, True),
     "beit, shared bias": (
         "beit_base_patch16_224",

@@ -189,6 +189,44 @@ def test_hidden_patches_have_maps_but_no_pictures(side, window, monkeypatch):
         recorded.layers[0].picture()
 
 
+def test_patches_dropped_in_training_take_their_own_positions_with_them(monkeypatch):
+    _, options, _, _ = SEQUENCES["eva02"]
+    model, images = (
+        made("eva02_tiny_patch14_224", **VIT | options, patch_drop_rate=0.5).train(),
+        images_of(2, 3, 48, 64),
+    )
+    layers, first = [], []
+    for limit, events in ((None, layers), (1, first)):
+        torch.manual_seed(0)
+        with kernel_weights(monkeypatch) as expected, watch(Looker(model, images=limit), events.append):
+            model(images)
+        for layer, weights in zip(events, expected, strict=True):
+            assert layer.grid is None
+            assert layer.weights().shape[-1] == 1 + 24
+            assert torch.allclose(layer.weights()[:, 0], weights[:limit], atol=1e-9)
+
+
+def test_a_stage_by_itself(monkeypatch):
+    model, images = global_swin("scratch"), images_of(2, 3, 42, 51)
+    with record(model.layers[1]) as recorded, kernel_weights(monkeypatch) as expected, torch.no_grad():
+        model(images)
+    assert [layer.path for layer in recorded.layers[2:]] == ["mixers.1.read", "mixers.1.write"]
+    for layer, weights in zip(recorded.layers[2:], expected[-2:], strict=True):
+        assert torch.allclose(layer.weights()[:, 0], weights, atol=1e-9)
+        assert layer.part(None, layer.queries[0] % 3).queries.shape == layer.queries.shape
+
+
+def test_a_vit_of_which_patches_are_hidden():
+    encoder = drawn_anew(Vit(VitConfig(patch=8, width=32, depth=2, heads=4), pixels=32, channels=3)).double().eval()
+    hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
+    hidden[:, 1:] = True
+    with record(encoder) as recorded, torch.no_grad():
+        encoder.encode(images_of(2, 3, 32, 32), hidden)
+        encoder.encode(images_of(2, 3, 32, 32))
+    assert [layer.grid for layer in recorded.layers] == [None, None, (4, 4), (4, 4)]
+    assert recorded.layers[0].weights().shape == (2, 1, 4, 5, 5)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
