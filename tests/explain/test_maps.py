@@ -213,7 +213,7 @@ def test_a_stage_by_itself(monkeypatch):
     assert [layer.path for layer in recorded.layers[2:]] == ["mixers.1.read", "mixers.1.write"]
     for layer, weights in zip(recorded.layers[2:], expected[-2:], strict=True):
         assert torch.allclose(layer.weights()[:, 0], weights, atol=1e-9)
-        assert layer.part(None, layer.queries[0] % 3).queries.shape == layer.queries.shape
+        assert (layer.queries.shape[1], layer.keys.shape[1]) == weights.shape[2:]
 
 
 def test_a_vit_of_which_patches_are_hidden():
@@ -311,6 +311,12 @@ def test_no_trace_is_left():
         assert model.training
         assert model.layers[0].training if hasattr(model, "layers") else model.blocks[0].training
         assert not model.patch_embed.training
+
+
+def test_maps_are_those_of_evaluation():
+    model, images = made("vit_tiny_patch16_224", proj_drop_rate=0.5, **VIT | NAMED), images_of(2, 3, 48, 64)
+    expected = attention_maps(model, images)[1].weights()
+    assert torch.equal(attention_maps(model.train(), images)[1].weights(), expected)
 
 
 def test_no_hook_is_left_after_an_error():
