@@ -510,6 +510,24 @@ def load_encoder(run: Path, what: str | None) -> tuple[Recipe, str, Encoder]:
     return recipe, name, encoder.eval()
 
 
+def load_method(run: Path) -> tuple[Recipe, Method]:
+    """All that a run's newest checkpoint holds of its method (encoders, decoder, heads), on the CPU, in eval mode.
+
+    Whatever processes wrote it. Raises UserError if there is no checkpoint, or if its tensors are not the recipe's.
+    """
+    folder, record = newest_of(run)
+    recipe, outline = built(folder, record["recipe"])
+    with Sharded(folder) as kept, torch.no_grad():
+        saved = {name: facts for name, facts in kept.table().items() if name.startswith(METHOD)}
+        own = {METHOD + name: tensor for name, tensor in outline.state_dict().items()}
+        refuse_other_tensors(table(own), saved, folder)  # first: what is no larger than its files can be built
+        with torch.random.fork_rng(devices=[]):
+            method = recipe.method.build(recipe)
+        for name, tensor in method.state_dict().items():
+            tensor.copy_(kept.read(METHOD + name))
+    return recipe, method.eval()
+
+
 def built(folder: Path, saved: dict[str, Any]) -> tuple[Recipe, Method]:
     """The recipe of a record, and its method without memory. Raises UserError if it is no recipe of this program."""
     try:
