@@ -10,11 +10,11 @@ even, since its colours lie on every other pixel.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from PIL import GifImagePlugin, Image
 from torch import nn
 
-from ssl_global.data.decode import BadImage, decode
+from ssl_global.data.decode import BadImage, decode, only_bad_images
 from ssl_global.data.files import whole, writing
 from ssl_global.data.progress import report
 from ssl_global.data.source import FolderSource
@@ -85,19 +85,26 @@ def of_folder(path: Path) -> Frames:
 
 def of_gif(path: Path) -> Frames:
     try:
-        with Image.open(path) as image:
-            count, duration = getattr(image, "n_frames", 1), image.info.get("duration") or 1000 / FRAMES_A_SECOND
-    except (OSError, ValueError) as error:
+        with only_bad_images(), Image.open(path) as image:
+            duration = image.info.get("duration") or 1000 / FRAMES_A_SECOND
+            count = 0
+            with contextlib.suppress(Exception):  # of a frame that is told by its number below
+                count = getattr(image, "n_frames", 1)
+    except BadImage as error:
         raise UserError(f"{path}: no image: {error}") from error
 
     def opened() -> Generator[Image.Image, None, None]:
         with Image.open(path) as image:
-            for number in range(count):
+            for number in itertools.count():
                 try:
-                    image.seek(number)
-                    yield image.convert("RGB")
-                except (OSError, ValueError, EOFError) as error:
+                    with only_bad_images():
+                        image.seek(number)
+                        frame = image.convert("RGB")
+                except BadImage as error:
+                    if isinstance(error.__cause__, EOFError):
+                        return
                     raise UserError(f"{path}: frame {number} cannot be read: {error}") from error
+                yield frame
 
     return Frames(path, count, 1000 / duration, opened)
 
@@ -264,7 +271,7 @@ def pca_over_time(
         return patch_features(model, images.to(next(model.parameters()).device), place)
 
     with contextlib.closing(iter(frames)) as each:
-        basis = fit_basis([features(frame) for frame in islice(each, first)], split=split)
+        basis = fit_basis([features(frame) for frame in itertools.islice(each, first)], split=split)
 
     def picture(frame: Image.Image) -> Image.Image:
         found = features(frame)
