@@ -161,7 +161,7 @@ def test_a_vits_modules_are_seen_as_maps():
     assert found.channels.shape == (3, 32)
 
 
-# ------------------------------------------------------------------------------------------------------------- recording
+# ------------------------------------------------------------------------------------------------------------ recording
 
 
 def test_it_records_only_inside_and_changes_nothing():

@@ -139,7 +139,7 @@ def test_without_a_class_it_is_the_most_likely_one():
     torch.testing.assert_close(found.maps, grad_cam(model, x, found.classes.tolist()).maps)
 
 
-# ---------------------------------------------------------------------------------------------- the model stays as it was
+# -------------------------------------------------------------------------------------------- the model stays as it was
 
 
 def hooks_of(model):
@@ -181,7 +181,7 @@ def test_hooks_are_gone_after_an_exception():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------- classes
+# -------------------------------------------------------------------------------------------------------------- classes
 
 
 def test_a_class_by_the_name_that_an_export_keeps(tmp_path):
@@ -221,7 +221,7 @@ def test_a_backbone_is_no_classifier():
         grad_cam(nn.Sequential(nn.Conv2d(3, 4, 1)), images(32, 32), layer="0")
 
 
-# ----------------------------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 def test_behind_a_vits_last_block_nothing_reads_the_patches():

@@ -42,7 +42,7 @@ def error(a, b):
     return np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean()
 
 
-@pytest.mark.parametrize(("suffix", "size", "most"), [("mp4", (34, 22), 6.0), ("gif", (33, 21), 3.0)])
+@pytest.mark.parametrize(("suffix", "size", "most"), [("mp4", (34, 22), 8.0), ("gif", (33, 21), 3.0)])
 def test_what_is_written_is_read_again(folder, tmp_path, suffix, size, most):
     out = tmp_path / "there" / f"made.{suffix}"
     assert v.write(itself, v.open_frames(folder), out, rate=10, visible=False) == 12
@@ -87,12 +87,12 @@ def test_one_frame_is_in_memory_at_a_time(folder, tmp_path):
     assert happened == [(word, number) for number in range(12) for word in ("read", "drawn")]
 
 
-# ------------------------------------------------------------------------------------------------------------ what is bad
+# ---------------------------------------------------------------------------------------------------------- what is bad
 
 
 def test_a_corrupt_frame_of_a_folder_is_named_and_nothing_is_left(folder, tmp_path):
     bad = folder / "007.png"
-    bad.write_bytes(bad.read_bytes()[:200])
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
     for suffix in ("mp4", "gif"):
         out = tmp_path / f"made.{suffix}"
         with pytest.raises(UserError, match=r"007\.png: ") as told:
@@ -147,10 +147,8 @@ def test_what_cannot_be_written(folder, tmp_path):
         v.write(itself, frames, tmp_path / "a.avi")
     with pytest.raises(UserError, match="rate = 0: frames a second, above 0"):
         v.write(itself, frames, tmp_path / "a.gif", rate=0)
-    with pytest.raises(
-        UserError, match=r"frames: the picture of frame 1 is of \(9, 9\) pixels, the first of \(33, 21\)"
-    ):
-        sizes = iter([(33, 21), (9, 9)])
+    sizes = iter([(33, 21), (9, 9)])
+    with pytest.raises(UserError, match=r"picture of frame 1 is of \(9, 9\) pixels, the first of \(33, 21\)"):
         v.write(lambda one: one.resize(next(sizes)), frames, tmp_path / "a.mp4", visible=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -172,7 +170,7 @@ def test_without_the_package_folders_and_gifs_work(folder, tmp_path, monkeypatch
             failing()
 
 
-# ------------------------------------------------------------------------------------------------------------- over time
+# ------------------------------------------------------------------------------------------------------------ over time
 
 
 def test_all_frames_have_the_basis_of_the_first_ones(folder):

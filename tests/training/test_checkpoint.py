@@ -245,6 +245,22 @@ def test_an_encoder_is_built_again_from_the_record_alone(tmp_path, parts):
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
+def test_a_method_is_built_again_whole(tmp_path, parts):
+    save(tmp_path, parts, 3)
+    before = torch.get_rng_state()
+    recipe, method = checkpoint.load_method(tmp_path)
+    assert recipe == RECIPE
+    assert not method.training
+    ours, theirs = parts[0].state_dict(), method.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert torch.equal(torch.get_rng_state(), before)
+    folder, *_ = checkpoint.newest(tmp_path)
+    rewrite(folder, lambda record: record["recipe"].update({"encoder.depth": 3}))
+    with pytest.raises(UserError, match="not a checkpoint of this model"):
+        checkpoint.load_method(tmp_path)
+
+
 def test_it_merges_into_one_file(tmp_path, parts):
     folder = save(tmp_path, parts, 3)
     with Sharded(folder) as kept:
