@@ -82,7 +82,7 @@ def grad_cam(
                 raise UserError(
                     f"layer = {path}: the answer does not depend on its patches; an earlier one would be right"
                 )
-            maps = cam.get_cam_image(None, None, None, kept[0].numpy(), gradients[0].numpy())
+            maps = cam.get_cam_image(None, None, None, kept[0].float().numpy(), gradients[0].float().numpy())
         finally:
             cam.activations_and_grads.release()
     return GradCam(scaled(torch.from_numpy(maps).relu()), torch.tensor(classes), path)
