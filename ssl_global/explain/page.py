@@ -25,9 +25,9 @@ from PIL import Image
 from ssl_global.data.files import whole
 
 HERE = Path(__file__).parent
-LOSSLESS: dict[str, dict[str, object]] = {"PNG": {"optimize": True}, "WEBP": {"lossless": True}}
-JPEG: dict[str, object] = {"quality": 92, "subsampling": 0}  # ours: colours of maps keep their edges
-MOST_ERROR = 3.0  # ours, of 255, root mean square: more is lost by JPEG, and the picture is kept exactly
+LOSSLESS: dict[str, dict[str, object]] = {"PNG": {"optimize": True}, "WEBP": {"lossless": True, "exact": True}}
+JPEG: dict[str, object] = {"quality": 92, "subsampling": 0}  # ours; colours keep their edges in maps
+MOST_ERROR = 4.0  # ours, of 255, root mean square: more is lost by JPEG, and the picture is kept exactly
 SMALL, MEDIUM = 160, 420  # ours, pixels of width: up to there a picture is shown several to a line
 BEYOND = 1e100  # ours: so large a number says no more than that it is
 NARROW_SPACE = "\u202f"  # does not break a line

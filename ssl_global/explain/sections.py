@@ -76,7 +76,7 @@ def of_backbone(
     images = "one image" if batch == 1 else f"a batch of {batch} images"
     rows = [
         ("parameters, millions", found.parameters / 1e6),
-        *([("of these learning", found.learning / 1e6)] if found.learning != found.parameters else []),
+        *([("of these learning, millions", found.learning / 1e6)] if found.learning != found.parameters else []),
         ("forward pass, GFLOPs", found.flops / 1e9),
         ("activations kept for the backward pass, MB", found.activation_bytes / 1e6),
         ("training step with AdamW in float32, MB", found.training_bytes / 1e6),
