@@ -66,6 +66,14 @@ class Drawing(HTMLParser):
             found.append([(np.polyval(to_step, x), np.polyval(to_value, y)) for x, y in points])
         return found
 
+    def frame(self):
+        """Left, right, top and bottom of the place where lines are drawn: the axis below, and the highest grid line."""
+        left, bottom, right = map(float, re.match(r"M([\d.]+) ([\d.]+)H([\d.]+)", self.paths["axis"][0]).groups())
+        grid = [float(at) for at in re.findall(r"M[\d.]+ ([\d.]+)H", self.paths["grid"][0])]
+        assert sorted(grid) == sorted(y for _, y, text in self.texts["y"] if text != "step")
+        assert max(grid) == bottom
+        return left, right, min(grid), bottom
+
     def unit(self):
         """Steps and values of a whole unit of the drawing."""
         (steps_at, steps), (values_at, values) = self.axis("x"), self.axis("y")
@@ -79,6 +87,11 @@ def as_number(text):
 
 def agree(drawing, style, expected):
     """The pieces are those, to what a tenth of a unit and the rounding of the axes can tell."""
+    left, right, top, bottom = drawing.frame()
+    assert drawing.texts["x"][0] == (left, pytest.approx(bottom, abs=20), "0")
+    for x, y in re.findall(r"([\d.]+) ([\d.]+)", "".join(drawing.paths[style])):
+        assert left <= float(x) <= right
+        assert top <= float(y) <= bottom
     pieces = drawing.pieces(style)
     assert [len(piece) for piece in pieces] == [len(piece) for piece in expected]
     step, value = drawing.unit()

@@ -13,7 +13,20 @@ from PIL import Image
 from skimage import data as photographs
 
 from ssl_global.errors import UserError
-from ssl_global.explain.page import HERE, Code, Columns, Listing, Picture, Row, Section, Table, number, page, write
+from ssl_global.explain.page import (
+    HERE,
+    Code,
+    Columns,
+    Listing,
+    Picture,
+    Row,
+    Section,
+    Table,
+    bare,
+    number,
+    page,
+    write,
+)
 
 EVIL = [
     '<script>alert("1")</script>',
@@ -75,8 +88,8 @@ def photograph(pixels: int = 128) -> Image.Image:
     return Image.fromarray(photographs.astronaut()).resize((pixels, pixels))
 
 
-def noise(mode: str, *, seed: int = 0) -> Image.Image:
-    shape = (21, 34, *([len(mode)] if len(mode) > 1 else []))
+def noise(mode: str, *, seed: int = 0, pixels: int = 21) -> Image.Image:
+    shape = (pixels, pixels + 13, *([len(mode)] if len(mode) > 1 else []))
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
@@ -88,7 +101,8 @@ def noise(mode: str, *, seed: int = 0) -> Image.Image:
     [
         (noise("L"), "L"), (noise("RGB"), "RGB"), (noise("RGBA"), "RGBA"), (noise("LA"), "RGBA"),
         (noise("RGB").convert("P"), "RGB"), (noise("L").convert("1"), "L"), (noise("RGBA").convert("CMYK"), "RGB"),
-        (Image.new("RGB", (1, 1), "red"), "RGB"), (Image.new("RGB", (400, 3), "blue"), "RGB"),
+        (noise("RGB", pixels=150), "RGB"), (Image.new("RGB", (1, 1), "red"), "RGB"),
+        (Image.new("RGB", (400, 3), "blue"), "RGB"),
     ],
 )  # fmt: skip
 def test_a_data_uri_is_the_picture(image, mode):
@@ -111,16 +125,20 @@ def test_a_photograph_is_a_jpeg_that_looks_the_same_and_is_smaller():
     assert len(found["src"]) < 0.5 * len(base64.b64encode(file.getvalue()))
 
 
-def test_only_pixels_are_taken_not_what_a_camera_wrote_beside_them():
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_only_pixels_are_taken_not_what_a_camera_wrote_beside_them(kind):
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x010E] = "where I live"
-    photograph().save(file, "PNG", exif=exif, icc_profile=b"a secret profile")
+    beside = {"icc_profile": b"whose camera"} | ({"comment": b"a secret"} if kind == "JPEG" else {})
+    photograph().save(file, kind, exif=exif, **beside)
     image = Image.open(file)
+    assert beside.keys() <= image.info.keys()
     for kept in (image, image.convert("L"), image.resize((8, 8))):
         (found,) = read(Section("s", parts=[picture(kept)])).all("img")
         shown = opened(found["src"])
         assert not shown.getexif()
-        assert "icc_profile" not in shown.info
+        assert not {"comment", "exif", "icc_profile"} & shown.info.keys()
+        assert bare(kept).info == {}  # whichever way it is packed
 
 
 def test_every_picture_has_words_and_can_be_reached_by_keys():
