@@ -8,6 +8,7 @@ ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as 
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
 ssl-global predict MODEL IMAGES --out DIR   what a fine-tuned model says of many images
+ssl-global explain BACKBONE IMAGES --out DIR   one page of pictures, curves and figures
 ssl-global plan BACKBONE                what a backbone costs, what attention would add, which would fit
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -44,7 +45,10 @@ from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder, 
 from ssl_global.evaluation.knn import knn, knn_confusion
 from ssl_global.evaluation.linear import linear
 from ssl_global.export import export as export_encoder
-from ssl_global.recipe import Data
+from ssl_global.recipe import Data, as_json
+
+if TYPE_CHECKING:
+    from ssl_global.explain.subject import Subject
 
 app = tyro.extras.SubcommandApp()
 
@@ -224,6 +228,41 @@ def predict(
 
 
 @app.command
+def explain(
+    backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
+    images: Annotated[Positional[str | None], arg(metavar="IMAGES")] = None,
+    *,
+    out: Path,
+    show: int = 6,
+    pixels: int | None = None,
+    what: str | None = None,
+    device: str | None = None,
+) -> None:
+    """One page about a backbone: what it looks at, what it takes for alike, what it rebuilds, how it learnt, its cost.
+
+    Args:
+        backbone: An export folder, a run folder, or a timm name: with its .tag pretrained, without one untrained.
+        images: A folder of images, shards, or a dataset, as for pretrain.py; without it, the built-in sample.
+        out: Folder for index.html, which needs nothing else.
+        show: Images to show, evenly spread over those given.
+        pixels: Of their shorter side; by default what the backbone is made for. More pixels make finer maps.
+        what: Which of a run's encoders: student, teacher or encoder.
+        device: As torch names it; by default the accelerator that there is, else the CPU.
+    """
+    # Imported here: it brings what draws.
+    from ssl_global.explain.report import report
+    from ssl_global.explain.subject import subject
+
+    for name, value in (("show", show), ("pixels", pixels)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
+    on = device_named(device)
+    chosen = subject(backbone, of_run=partial(explained_run, what=what), device=on)
+    source = open_source(built_in_sample()[1] if images is None else images)
+    print(f"open it: {report(chosen, source, out, images=show, pixels=pixels)}")
+
+
+@app.command
 def plan(
     backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
     *,
@@ -351,6 +390,21 @@ def evaluate(
         figures |= {"confusion": matrix.tolist(), "classes": split.classes}
     if json_file:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def explained_run(run: Path, *, what: str | None) -> "Subject":
+    from ssl_global.explain.subject import Subject
+    from ssl_global.training.checkpoint import load_method
+
+    recipe, method = load_method(run)
+    encoders = method.backbones()
+    if what is not None and what not in encoders:
+        raise UserError(f"--what {what}: this run has {', '.join(encoders)}")
+    encoder = encoders[what] if what else next(iter(encoders.values()))
+    return Subject(
+        name=str(run), model=encoder, data=recipe.data, pixels=encoder.pixels, classes=list(encoder.classes),
+        method=method, run=run, recipe=as_json(recipe),
+    )  # fmt: skip
 
 
 def device_named(name: str | None) -> torch.device:

@@ -274,6 +274,23 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explain:
+    """What is looked at while it runs: always the same few images. It changes nothing of what is learnt."""
+
+    every: int | None = None  # steps between two sets of pictures, for the trackers and OUT/pictures; None: none
+    attention_every: int | None = None  # steps between two looks at how attention is doing; None: none
+    images: int = 6  # that are looked at, evenly spread over those to judge with
+
+    def check(self) -> None:
+        for name in ("every", "attention_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise wrong(f"explain.{name}", value, "at least 1 step, or None")
+        if self.images < 1:
+            raise wrong("explain.images", self.images, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """When the run is saved, besides at its end and on a signal."""
 
@@ -307,6 +324,7 @@ class Recipe:
     train: Train
     eval: Eval
     log: Log = field(default_factory=Log)
+    explain: Explain = field(default_factory=Explain)
     checkpoint: Checkpoint
 
     def check(self) -> None:
@@ -317,7 +335,7 @@ class Recipe:
                 raise wrong(name, value, "a finite number would be right")
         if not 0 <= self.seed < 2**63:
             raise wrong("seed", self.seed, "0 or more, below 2**63")
-        for part in (self.data, self.views, self.optim, self.train, self.eval, self.log, self.checkpoint):
+        for part in (self.data, self.views, self.optim, self.train, self.eval, self.log, self.explain, self.checkpoint):
             part.check()
         self.encoder.check(self)
         self.method.check(self)
@@ -344,6 +362,9 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "eval.every",
         "eval.batch",
         "log.every",
+        "explain.every",
+        "explain.attention_every",
+        "explain.images",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.keep_every",
@@ -437,7 +458,7 @@ def config_class(part: str, kind: str) -> type:
 
 PARTS = {
     "data": Data, "views": Views, "globals": Crops, "locals": Crops, "optim": Optim, "train": Train,
-    "eval": Eval, "log": Log, "checkpoint": Checkpoint,
+    "eval": Eval, "log": Log, "explain": Explain, "checkpoint": Checkpoint,
 }  # fmt: skip
 
 

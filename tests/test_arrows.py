@@ -23,7 +23,7 @@ ALLOWED = {
     "export": NEUTRAL | {"attention", "encoders", "finetuning"},
     "explain": NEUTRAL | {"attention", "data", "encoders", "evaluation", "export", "methods"},
     "command_line": NEUTRAL,
-    "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "command_line"},
+    "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "explain", "command_line"},
 }
 
 

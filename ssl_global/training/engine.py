@@ -135,14 +135,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
 def whole_backbone(method: Method, recipe: Recipe, device: torch.device) -> Encoder:
     """The method's first backbone, to be called by itself: the method's own, or a gathered copy where it is sharded."""
     encoder = next(iter(method.backbones().values()))
-    tensors = encoder.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        return encoder
-    copy = method.new_backbone(recipe).to(device)
+    return gathered(method, recipe, device) if is_sharded(encoder) else encoder
+
+
+def seen_backbone(method: Method, recipe: Recipe, device: torch.device) -> Encoder:
+    """The same, to be looked into with hooks, of which compiled blocks know nothing: then a copy too."""
+    encoder = next(iter(method.backbones().values()))
+    return gathered(method, recipe, device) if is_sharded(encoder) or recipe.train.compile else encoder
+
+
+def is_sharded(encoder: Encoder) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in encoder.state_dict().values())
+
+
+@torch.no_grad()
+def gathered(method: Method, recipe: Recipe, device: torch.device) -> Encoder:
+    """A copy of the method's first backbone, whole, not compiled."""
+    tensors = next(iter(method.backbones().values())).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        copy = method.new_backbone(recipe).to(device)
     own = copy.state_dict()
     for key, tensor in tensors.items():
         own[key].copy_(whole(tensor))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from ssl_global.training.optim import build_optimizer
 from ssl_global.training.plan import Plan, plan_run
 from ssl_global.training.progress import Display
 from ssl_global.training.watch import Watch
+
+if TYPE_CHECKING:
+    from ssl_global.explain.gallery import Gallery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ def learn(
         seen = train_data if isinstance(train_data, Source) else None
         run = Run(
             recipe=recipe, plan=plan, accelerator=accelerator, method=method, model=model, optimizer=optimizer,
-            masks=masks,
+            masks=masks, gallery=gallery_of(recipe, val_data or seen, accelerator.device),
             bare_optimizer=bare_optimizer, state=state,
             judge=job.judge(
                 recipe, seen, val_data, accelerator.device, between=partial(give_way, signals, accelerator)
@@ -182,6 +185,15 @@ def open_data(command: Command, accelerator: Accelerator) -> tuple[Source | Stre
         return Stream(data, epoch_images=settings.data.epoch_images, seed=settings.seed), val_data
     source, few = open_source(data), settings.data.images_per_class
     return source if few is None else few_of_each_class(source, few, seed=settings.seed), val_data
+
+
+def gallery_of(recipe: Recipe, source: Source | None, device: torch.device) -> "Gallery | None":
+    """None where nothing is to be looked at, or nothing can be: a stream gives no image twice."""
+    if source is None or (recipe.explain.every, recipe.explain.attention_every) == (None, None):
+        return None
+    from ssl_global.explain.gallery import Gallery  # it brings matplotlib, which takes its time
+
+    return Gallery(recipe, source, device)
 
 
 def layout_of(plan: Plan, recipe: Recipe, accelerator: Accelerator) -> Layout:

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from PIL import Image
 
 from ssl_global.data.files import read_json_lines
 
@@ -30,6 +33,21 @@ class MetricsLog:
             temporary = self.file.with_name(f".{self.file.name}.tmp")
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             temporary.rename(self.file)
+
+    def draw(self, step: int, pictures: dict[str, Image.Image]) -> None:
+        """Pictures go to OUT/pictures, and to the trackers that take some."""
+        folder = self.file.parent / "pictures"
+        for name, picture in pictures.items():
+            folder.mkdir(exist_ok=True)
+            temporary = folder / f".{name}.png"
+            picture.save(temporary)
+            temporary.rename(folder / f"{name}-{step:08d}.png")
+        for tracker in self.accelerator.trackers if pictures else []:
+            if isinstance(tracker, TensorBoardTracker):
+                rows = {f"pictures/{name}": np.asarray(one)[None] for name, one in pictures.items()}
+                tracker.log_images(rows, step=step, dataformats="NHWC")
+            elif isinstance(tracker, WandBTracker):
+                tracker.log_images({f"pictures/{name}": [one] for name, one in pictures.items()}, step=step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

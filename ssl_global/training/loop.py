@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +23,16 @@ from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.checkpoint import RunState, Writer
 from ssl_global.training.diagnose import where_not_finite
-from ssl_global.training.engine import clip, precision, whole_backbone
+from ssl_global.training.engine import clip, precision, seen_backbone, whole_backbone
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.optim import set_rates
 from ssl_global.training.plan import Plan
 from ssl_global.training.progress import Display
 from ssl_global.training.watch import Watch
+
+if TYPE_CHECKING:
+    from ssl_global.explain.gallery import Gallery
 
 
 class Figures(Protocol):
@@ -65,6 +68,7 @@ class Run:
     watch: Watch
     finite_steps: FiniteSteps
     masks: Masks | None = None  # of the training images
+    gallery: "Gallery | None" = None  # what is looked at while it runs
     batches: Iterator[dict[str, Any]] = field(
         default_factory=lambda: iter(())
     )  # micro-batches from the state's step on
@@ -153,6 +157,9 @@ def train(run: Run) -> Ending:
         if state.step % recipe.eval.every == 0 and not (end or stop):  # after the last step the run is judged anyway
             with meter.aside(), watch.aside("evaluating"):
                 stop = judge(run)
+        if run.gallery and run.gallery.due(state.step, end=end):
+            with meter.aside(), watch.aside("drawing"):
+                look(run, run.gallery, progress, end=end)
     state.seconds += meter.take_seconds()
     if run.writer.last_step != state.step:
         run.save(wait=True)
@@ -171,6 +178,23 @@ def judge(run: Run) -> bool:
     for warning in run.judge.verdicts():
         run.display.warn(warning)
     return False
+
+
+def look(run: Run, gallery: "Gallery", progress: Progress, *, end: bool) -> None:
+    """Look at the backbone by now. All processes bring its parts together, the first one looks."""
+    encoder = seen_backbone(run.method, run.recipe, run.accelerator.device)
+    if not run.accelerator.is_main_process:
+        return
+    trained = progress.epoch > run.recipe.optim.warmup_epochs
+    looked = gallery.look(encoder, run.method, run.state.step, end=end, trained=trained)
+    run.log.write(run.state.step, looked.figures)
+    run.log.draw(run.state.step, looked.pictures)
+    drawn = f", drew {', '.join(looked.pictures)}" if looked.pictures else ""
+    run.display.say(
+        f"step {run.state.step}: looked at {len(gallery.shown or [])} images in {looked.seconds:.1f} s{drawn}"
+    )
+    for warning in looked.warnings:
+        run.display.warn(warning)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -1,0 +1,92 @@
+"""`ssl-global explain` on runs, exports and timm's models: which sections there are, and that every picture is one."""
+
+import base64
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from ssl_global.cli import main
+from ssl_global.finetune import main as finetune
+
+
+class Page(HTMLParser):
+    """The titles of its sections, its text, and its pictures."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.titles, self.pictures, self.text, self.inside = [], [], "", ""
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        if tag == "img":
+            head, _, data = dict(attrs)["src"].partition(",")
+            assert head.startswith("data:image/")
+            with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+                picture.load()
+                self.pictures.append((dict(attrs)["alt"], picture.size))
+
+    def handle_data(self, data):
+        self.text += data
+        if self.inside == "h2" and data.strip():
+            self.titles.append(data)
+
+
+def page(tmp_path, *words) -> Page:
+    main(["explain", *map(str, words), "--out", str(tmp_path / "report"), "--show", "2"])
+    return Page(tmp_path / "report" / "index.html")
+
+
+ALWAYS = ["Where it looks", "What it sees alike", "Which images it takes for alike", "Cost"]
+
+
+def test_an_mae_run(run, photographs, tmp_path):
+    out = run("mae", tmp_path / "run", f"--val={photographs}")
+    found = page(tmp_path, out, photographs)
+    assert {*ALWAYS, "What it rebuilds", "Result", "Training", "Recipe"} <= set(found.titles)
+    shown = [alt for alt, _ in found.pictures]
+    assert "As it was trained" in shown
+    assert "With 90% of the patches hidden" in shown
+    assert "All of them, by their classes" in shown
+    assert "mask_ratio" in found.text
+    assert len(shown) >= 9
+
+
+def test_an_export_of_a_classifier_with_attention(photographs, tmp_path):
+    words = ["--recipe=finetune:demo", f"--data={photographs}", f"--val={photographs}", "--train.epochs=None",
+             "--train.steps=2", "--optim.warmup-epochs=0", "--attention", "blocks.1=se", "--device=cpu",
+             f"--out={tmp_path / 'tuned'}", "--log-with"]  # fmt: skip
+    finetune(words)
+    AcceleratorState._reset_state(True)
+    found = page(tmp_path, tmp_path / "tuned" / "export", photographs)
+    assert {*ALWAYS, "What speaks for its answer", "What its attention modules do"} <= set(found.titles)
+    assert "blocks.1" in found.text
+    assert "Grad-CAM of the likeliest class" in [alt for alt, _ in found.pictures]
+
+
+def test_a_model_without_attention_says_why(photographs, tmp_path):
+    found = page(tmp_path, "test_resnet", photographs, "--pixels", "64")
+    assert "What the last layer looks at, image by image: " in found.text
+    assert [alt for alt, _ in found.pictures if "looks at" in alt] == []
+    assert "Patch features as colours" in [alt for alt, _ in found.pictures]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vit_tiny_patch16_224", "{photos}", "--pixels", "77"], "--pixels 77: the backbone does not take it"),
+        (["test_vit", "{photos}", "--show", "0"], "--show 0: at least 1"),
+        (["{photos}", "{photos}"], "no checkpoint there; a run's --out has a folder"),
+        (["test_vot", "{photos}"], "test_vot: no such folder, and no model of timm; the nearest are"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, message, photographs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *(word.format(photos=photographs) for word in words), "--out", str(tmp_path / "report")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,95 @@
+"""A run that is looked at learns what it would, and its pictures and figures are where they belong."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipes_under_test import load_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TINY, arguments, assert_bit_equal, losses, metrics, tensors
+
+from ssl_global.explain.gallery import Gallery
+from ssl_global.pretrain import main
+from ssl_global.training.engine import compile_blocks, seen_backbone, whole_backbone
+
+LOOKED_AT = ["--explain.every=4", "--explain.attention-every=3", "--explain.images=2"]
+
+
+@pytest.mark.parametrize("method", list(TINY))
+def test_looking_changes_nothing(method, run, tmp_path, capsys):
+    plain = run(method, tmp_path / "plain")
+    looked = run(method, tmp_path / "looked", *LOOKED_AT)
+    assert_bit_equal(tensors(plain), tensors(looked))
+    assert losses(plain) == losses(looked)
+    names = ["attention", "colours", "likeness", *(["rebuilt"] if method.startswith("mae") else [])]
+    said = capsys.readouterr().out
+    expected = {f"{name}-{step:08d}.png" for name in names for step in (4, 8)}
+    assert {file.name for file in (looked / "pictures").iterdir()} == expected, said
+    at = [line["step"] for line in metrics(looked) if any(name.startswith("attention/") for name in line)]
+    assert at == [3, 6, 8]
+    entropies = [v for line in metrics(looked) for k, v in line.items() if k.endswith("/entropy") and "head_" not in k]
+    assert len(entropies) >= 3 * 2
+    assert all(0 < value <= 1 + 1e-6 for value in entropies)
+    assert "looked at 2 images in" in said
+    assert not (plain / "pictures").exists()
+
+
+def test_pictures_go_to_tensorboard(photographs, tmp_path):
+    out = tmp_path / "run"
+    main([*arguments("mae", photographs, out, *LOOKED_AT)[:-1], "--log-with", "tensorboard"])
+    events = EventAccumulator(str(out / "run"))
+    events.Reload()
+    assert {"pictures/attention", "pictures/colours", "pictures/likeness", "pictures/rebuilt"} <= set(
+        events.Tags()["images"]
+    )
+    shown = events.Images("pictures/attention")
+    assert [one.step for one in shown] == [4, 8]
+    with Image.open(out / "pictures" / "attention-00000008.png") as kept:
+        assert (shown[-1].width, shown[-1].height) == kept.size
+        assert np.asarray(kept).std() > 10  # not one grey
+
+
+def test_what_cannot_be_shown_is_said_once(tmp_path, photographs):
+    from ssl_global.data.source import open_source
+    from ssl_global.encoders.pretrained import Pretrained, PretrainedConfig
+
+    recipe = load_recipe("finetune", "demo")
+    explain = type(recipe.explain)(every=1, attention_every=1, images=2)
+    recipe = type(recipe)(**{**vars(recipe), "explain": explain})
+    gallery = Gallery(recipe, open_source(str(photographs)), torch.device("cpu"))
+    encoder = Pretrained(PretrainedConfig(name="test_resnet"), pixels=64, channels=3).train()
+    first, second = (gallery.look(encoder, torch.nn.Identity(), step, end=False, trained=True) for step in (1, 2))
+    assert set(first.pictures) == set(second.pictures) == {"colours", "likeness"}
+    assert len(first.warnings) == 2
+    assert all("no attention" in warning for warning in first.warnings), first.warnings
+    assert second.warnings == []
+    assert encoder.training
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in encoder.modules() if m._forward_hooks] == []
+
+
+def test_a_compiled_backbone_is_looked_at_in_a_copy():
+    recipe = load_recipe("dino", "demo")
+    recipe = type(recipe)(**{**vars(recipe), "train": type(recipe.train)(**{**vars(recipe.train), "compile": True})})
+    torch.manual_seed(0)
+    method = recipe.method.build(recipe)
+    compile_blocks(method, backend="eager")
+    seen, own = (f(method, recipe, torch.device("cpu")) for f in (seen_backbone, whole_backbone))
+    assert seen is not own
+    assert not any(module._compiled_call_impl for module in seen.modules())
+    assert any(module._compiled_call_impl for module in own.modules())
+    for (name, a), b in zip(seen.state_dict().items(), own.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--explain.every=0", "explain.every = 0: at least 1 step, or None"),
+        ("--explain.images=0", "explain.images = 0: at least 1"),
+    ],
+)
+def test_wrong_settings_are_one_line(words, message, run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("dino", tmp_path / "run", words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
