@@ -20,7 +20,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faulty_pretrain import POINTS
-from tiny_runs import arguments, finish, kill_all, losses, start, tensors
+from tiny_runs import arguments, finish, kill_all, losses, tensors, torchrun
 
 from ssl_global.data.sample import built_in_sample
 
@@ -38,7 +38,7 @@ def main() -> int:
     frozen = ["--method.freeze-prototypes-epochs=0.1"] if given.method == "dino" else []
     words = lambda out: arguments(given.method, built_in_sample()[0], out, *STEPS, *frozen)  # noqa: E731
     began = time.monotonic()
-    code, _, error = finish(start(words(folder / "whole"), processes=given.processes))
+    code, _, error = finish(torchrun(words(folder / "whole"), processes=given.processes))
     whole_seconds = time.monotonic() - began
     if code:
         sys.exit(f"the run that is left alone fails: {error[-2000:]}")
@@ -65,10 +65,12 @@ def kill(words: list[str], out: Path, processes: int, draw: random.Random) -> st
     if draw.random() < 0.5:
         place, number = draw.choice(sorted(POINTS)), draw.randint(1, 5)
         rank = draw.randrange(processes) if place.endswith("data") else 0
-        begun = start([f"kill:{place}:{number}:{rank}", *words], processes=processes, script="tests/faulty_pretrain.py")
+        begun = torchrun(
+            [f"kill:{place}:{number}:{rank}", *words], processes=processes, script="tests/faulty_pretrain.py"
+        )
         said = f"process {rank} {place} of save {number}"
     else:
-        begun = start(words, processes=processes)
+        begun = torchrun(words, processes=processes)
         step = done(out) + draw.randint(0, 120)
         while begun.poll() is None and done(out) < step:
             time.sleep(0.01)
@@ -94,7 +96,7 @@ def go_on(words: list[str], out: Path, processes: int) -> tuple[float | None, st
     metrics = out / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     began, first = time.monotonic(), None
-    running = start(words, processes=processes)
+    running = torchrun(words, processes=processes)
     while running.poll() is None and first is None:
         time.sleep(0.01)
         if metrics.exists() and metrics.stat().st_mtime_ns != before and '"loss"' in metrics.read_text():

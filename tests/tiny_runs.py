@@ -8,11 +8,12 @@ from pathlib import Path
 
 import psutil
 import torch
+import warm
 
 from ssl_global.data.files import read_json_lines
 from ssl_global.training.sharded import Sharded
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = warm.ROOT
 
 # A dozen steps take a second: 16-pixel views, small encoders, 64 prototypes. Half an epoch of the 24 images is a step.
 VIT = ["--encoder.width=32", "--encoder.heads=2", "--encoder.depth=2"]
@@ -41,13 +42,17 @@ def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]
     return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *EVERY, *TINY[method], *more, "--log-with"]
 
 
-def start(words, *, processes=2, script="pretrain.py", launcher=()):
-    """Real processes over gloo, as torchrun starts them."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+def start(words, *, processes=2, script="pretrain.py"):
+    """Real processes over gloo, watched by torchrun's agent; they begin where torch is imported already."""
+    return warm.torchrun(words, processes=processes, script=ROOT / script)
+
+
+def torchrun(words, *, processes=2, script="pretrain.py", launcher=()):
+    """The same by torchrun itself, in a fresh Python each: slower by fifteen seconds of a core."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*command, *launcher, str(ROOT / script), *words],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | warm.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -63,8 +68,9 @@ def finish(process, *, seconds=120):
 
 
 def kill_all(process) -> None:
-    """torchrun and its workers, which have sessions of their own."""
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+    """torchrun and its workers, which may have sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    for one in [*launcher.children(recursive=True), launcher]:
         one.kill()
 
 

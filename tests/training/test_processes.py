@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import ROOT, TINY, arguments, assert_bit_equal, finish, losses, start, tensors, wait_for_step
+from tiny_runs import ROOT, TINY, arguments, assert_bit_equal, finish, losses, start, tensors, torchrun, wait_for_step
 
 from ssl_global.data.pack import pack
 from ssl_global.data.source import open_source
@@ -32,6 +32,7 @@ def test_two_processes_equal_one(method, run, photographs, tmp_path):
 
 
 def test_two_processes_stopped_by_a_signal_and_resumed_are_bit_equal(photographs, tmp_path):
+    """What goes on are processes in a fresh Python, whose hashes of strings are others."""
     words = ["--encoder.drop-path=0.2", "--train.steps=40"]
     whole = start(arguments("dino", photographs, tmp_path / "whole", *words))
     parted = start(arguments("dino", photographs, tmp_path / "parted", *words))
@@ -40,7 +41,7 @@ def test_two_processes_stopped_by_a_signal_and_resumed_are_bit_equal(photographs
     _, out, error = finish(parted)  # torchrun ends with its own code after a signal
     assert "the same command goes on" in out, error[-2000:]
     assert not (tmp_path / "parted" / "summary.json").exists()
-    code, out, error = finish(start(arguments("dino", photographs, tmp_path / "parted", *words)))
+    code, out, error = finish(torchrun(arguments("dino", photographs, tmp_path / "parted", *words)))
     assert code == 0, error[-2000:]
     assert "going on from" in out
     assert finish(whole)[0] == 0

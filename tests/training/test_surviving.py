@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from test_checkpoint import small_disk  # noqa: F401
 from test_runs import interrupt_at
 from tiny_runs import ROOT, arguments, assert_bit_equal, losses, metrics, start, tensors, wait_for_step
@@ -199,7 +199,7 @@ def test_a_rolled_back_run_resumes_where_it_was(run, tmp_path, monkeypatch, caps
 
 def test_how_to_go_on_is_printed_without_fresh(photographs, tmp_path):
     words = arguments("mae", photographs, tmp_path / "run", "--train.steps=4000", "--fresh")
-    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *words], stdout=subprocess.PIPE, text=True)
+    process = warm.python(words, script=ROOT / "pretrain.py")
     wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=60)
