@@ -1,17 +1,14 @@
 """The checkpoint benchmark, small: its figures hold together, nothing is left behind. How fast is not asked here."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
+import warm
 
 from benchmarks.checkpoint import Parts, evict, in_turn, measured_by, newest_in
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("one process", "2 processes")
 ROUNDS = 2
 
@@ -20,9 +17,8 @@ ROUNDS = 2
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written_to")
     out = tmp_path_factory.mktemp("out") / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "checkpoint", "--small", "--rounds", str(ROUNDS)]
-    words = ["--processes", "1", "2", "--folder", str(folder), "--out", str(out)]
-    ran = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = ["--small", "--rounds", ROUNDS, "--processes", 1, 2, "--folder", folder, "--out", out]
+    ran = warm.completed("-m", "benchmarks", "checkpoint", *words)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout, json.loads(out.read_text()), folder
 

@@ -2,22 +2,20 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from PIL import Image
 
 from benchmarks import attention, reach, swin
 from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
-ROOT = Path(__file__).parents[1]
 SMALL = {
     "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
     "attention_table": ["--small", "--seeds", "1", "--variants", "Baseline", "Criss-Cross"],
-    "checkpoint": ["--small", "--rounds", "1", "--processes", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
     "shuffle": ["--shards", "9"],
@@ -27,12 +25,11 @@ SMALL = {
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return warm.completed("-m", "benchmarks", *words)
 
 
 def test_every_benchmark_is_tried_here() -> None:
-    assert names() == sorted(SMALL)
+    assert names() == sorted([*SMALL, "checkpoint"])  # which test_benchmark_checkpoint.py runs
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -202,8 +203,7 @@ def test_merging_holds_one_tensor_at_a_time(tmp_path):
         places = {name: {"saved_offsets": [part * rows // 2, 0]} for name in tensors}
         save_file(tensors, tmp_path / f"shard-{part}.safetensors", metadata={"DCP_SHARDING_INFO": json.dumps(places)})
     del tensors
-    words = [str(tmp_path), str(tmp_path / "one.safetensors")]
-    done = subprocess.run([sys.executable, "-c", MERGE, *words], capture_output=True, text=True)
+    done = warm.completed("-c", MERGE, tmp_path, tmp_path / "one.safetensors")
     assert done.returncode == 0, done.stderr[-1000:]
     merged_tensors, most_bytes = map(int, done.stdout.split())
     assert merged_tensors == count

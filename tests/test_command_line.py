@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from ssl_global.command_line import Command, main, parse
 from ssl_global.errors import UserError
@@ -105,18 +106,23 @@ def test_a_wrong_recipe_file_is_named(text, message, tmp_path):
     assert message in str(refusal.value)
 
 
+def in_a_fresh_python(*words, cwd):
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("python", "words", "message"),
     [
-        (["--recipe=dino", "--train.precision=fp16", "--device=cpu"], "train.precision = fp16: needs a GPU"),
-        (["--recipe=mae", "--data=nowhere", "--device=cpu"], "nowhere: there is no such file or folder"),
-        (["--recipe=mae", "--log-with", "nobody", "--device=cpu"], "nobody"),
+        (
+            in_a_fresh_python, ["--recipe=dino", "--train.precision=fp16", "--device=cpu"],
+            "train.precision = fp16: needs a GPU",
+        ),
+        (warm.completed, ["--recipe=mae", "--data=nowhere", "--device=cpu"], "nowhere: there is no such file or"),
+        (warm.completed, ["--recipe=mae", "--log-with", "nobody", "--device=cpu"], "nobody"),
     ],
-)
-def test_as_a_process_with_code_2_and_nothing_left_behind(words, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pretrain.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+)  # fmt: skip
+def test_as_a_process_with_code_2_and_nothing_left_behind(python, words, message, tmp_path):
+    done = python(ROOT / "pretrain.py", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert message in line

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -38,13 +39,22 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT /
 SERVER = multiprocessing.get_context("forkserver")
 
 
+class Place(NamedTuple):
+    """Where a program runs."""
+
+    channels: list[str]  # files of what it says, and of its errors
+    environment: dict[str, str]
+    cwd: Path
+    group: bool
+
+
 class Started:
     """A process on its way, to be asked as subprocess.Popen is. What it says is kept in files."""
 
-    def __init__(self, program: Callable[..., None], *given: object, environment: Mapping[str, str]) -> None:
+    def __init__(self, program: Callable[..., None], *given: int | str, cwd: Path = ROOT, group: bool = False) -> None:
         self.channels = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]  # noqa: SIM115
-        names = [channel.name for channel in self.channels]
-        self.process = SERVER.Process(target=begin, args=(program, given, dict(environment), names))
+        place = Place([channel.name for channel in self.channels], os.environ | ENVIRONMENT, cwd, group)
+        self.process = SERVER.Process(target=begin, args=(program, given, place))
         ensure_serving()
         self.process.start()
         self.pid = self.process.pid
@@ -95,26 +105,36 @@ def ensure_serving() -> None:
     os.environ |= before
 
 
-def torchrun(words: Iterable[str], *, processes: int, script: Path) -> Started:
+def torchrun(words: Sequence[str], *, processes: int, script: Path) -> Started:
     """`torchrun --standalone --nproc_per_node PROCESSES SCRIPT WORDS`."""
-    return Started(launch, processes, str(script), *words, environment=os.environ | ENVIRONMENT)
+    return Started(launch, processes, str(script), *words)
 
 
-def python(words: Iterable[str], *, script: Path) -> Started:
-    """`python SCRIPT WORDS`."""
-    return Started(run, str(script), *words, environment=os.environ | ENVIRONMENT)
+def python(*words: object, group: bool = False) -> Started:
+    """`python WORDS`: SCRIPT ..., -m MODULE ... or -c PROGRAM ...; group: in a process group of its own."""
+    return Started(run, *map(str, words), group=group)
+
+
+def completed(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """What `python WORDS` has said, run in that folder."""
+    process = Started(run, *map(str, words), cwd=cwd)
+    out, error = process.communicate()
+    return subprocess.CompletedProcess(words, process.returncode or 0, out, error)
 
 
 # ------------------------------------------------------------------------------------------------ in the new process
 
 
-def begin(program: Callable[..., None], given: tuple, environment: dict[str, str], channels: list[str]) -> None:
-    for number, name in enumerate(channels, 1):
+def begin(program: Callable[..., None], given: tuple, place: Place) -> None:
+    if place.group:
+        os.setsid()
+    for number, name in enumerate(place.channels, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     os.environ.clear()
-    os.environ |= environment
+    os.environ |= place.environment
+    os.chdir(place.cwd)
     program(*given)
 
 
@@ -130,15 +150,23 @@ def launch(processes: int, script: str, *words: str) -> None:
     record(elastic_launch(config, run))(script, *words)
 
 
-def run(script: str, *words: str) -> None:
+def run(*words: str) -> None:
     """As Python does: signals are nobody's yet, an error is shown with its traceback, and the code is 1."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [script, *words]
-    sys.path.insert(0, str(Path(script).parent))
     try:
-        runpy.run_path(script, run_name="__main__")
+        match words:
+            case ["-c", program, *rest]:
+                sys.argv = ["-c", *rest]
+                exec(program, {"__name__": "__main__"})
+            case ["-m", module, *rest]:
+                sys.argv = [module, *rest]
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            case [script, *_]:
+                sys.argv = list(words)
+                sys.path.insert(0, str(Path(script).parent))
+                runpy.run_path(script, run_name="__main__")
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections import Counter
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import warm
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -555,11 +554,10 @@ except KeyboardInterrupt:
 """
 
 
-def started(source: Source, out: Path) -> "subprocess.Popen[str]":
+def started(source: Source, out: Path) -> warm.Started:
     """A call of its own process group, that has finished a shard and is at the next."""
-    command = [sys.executable, "-c", SLOW, source.path, str(out), str(SHARD_BYTES)]
     for _ in range(3):  # where others have the processors, one may be over before it was looked at
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = warm.python("-c", SLOW, source.path, out, SHARD_BYTES, group=True)
         while process.poll() is None:
             if list(out.glob("*.tar")) and list(out.glob("*.unfinished")):
                 return process
@@ -570,7 +568,7 @@ def started(source: Source, out: Path) -> "subprocess.Popen[str]":
     raise AssertionError("always over before it was looked at")
 
 
-def group_is_gone(process: "subprocess.Popen[str]") -> bool:
+def group_is_gone(process: warm.Started) -> bool:
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -794,8 +792,7 @@ except UserError as error:
 
 
 def test_writes_that_the_system_refuses(tmp_path: Path, folder: Source) -> None:
-    command = [sys.executable, "-c", LIMITED, folder.path, str(tmp_path / "out")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = warm.completed("-c", LIMITED, folder.path, tmp_path / "out")
     assert process.returncode == 1
     assert re.fullmatch(r"one line: .*my_photos-00000\d\.tar: cannot be written: File too large\n", process.stderr)
     assert list(files_in(tmp_path / "out")) == ["my_photos-pack.json"]

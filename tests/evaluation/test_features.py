@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import warm
 from PIL import Image
 
 from ssl_global.errors import UserError
@@ -120,7 +121,8 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_get_what_one_gets(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    warm.ensure_serving()
+    torch.multiprocessing.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     alone = features(Pictures(7, bad=(4,), labels=range(7)))
     for rank in range(2):
         x, labels, bad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -199,7 +199,7 @@ def test_a_rolled_back_run_resumes_where_it_was(run, tmp_path, monkeypatch, caps
 
 def test_how_to_go_on_is_printed_without_fresh(photographs, tmp_path):
     words = arguments("mae", photographs, tmp_path / "run", "--train.steps=4000", "--fresh")
-    process = warm.python(words, script=ROOT / "pretrain.py")
+    process = warm.python(ROOT / "pretrain.py", *words)
     wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=60)
