@@ -42,16 +42,16 @@ def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]
     return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *EVERY, *TINY[method], *more, "--log-with"]
 
 
-def start(words, *, processes=2, script="pretrain.py"):
+def start(words, *, processes=2, max_restarts=0, script="pretrain.py"):
     """Real processes over gloo, watched by torchrun's agent; they begin where torch is imported already."""
-    return warm.torchrun(words, processes=processes, script=ROOT / script)
+    return warm.torchrun(words, processes=processes, max_restarts=max_restarts, script=ROOT / script)
 
 
-def torchrun(words, *, processes=2, script="pretrain.py", launcher=()):
+def torchrun(words, *, processes=2, script="pretrain.py"):
     """The same by torchrun itself, in a fresh Python each: slower by fifteen seconds of a core."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
-        [*command, *launcher, str(ROOT / script), *words],
+        [*command, str(ROOT / script), *words],
         env=os.environ | warm.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -105,9 +105,9 @@ def ensure_serving() -> None:
     os.environ |= before
 
 
-def torchrun(words: Sequence[str], *, processes: int, script: Path) -> Started:
-    """`torchrun --standalone --nproc_per_node PROCESSES SCRIPT WORDS`."""
-    return Started(launch, processes, str(script), *words)
+def torchrun(words: Sequence[str], *, processes: int, max_restarts: int, script: Path) -> Started:
+    """`torchrun --standalone --nproc_per_node PROCESSES --max_restarts MAX_RESTARTS SCRIPT WORDS`."""
+    return Started(launch, processes, max_restarts, str(script), *words)
 
 
 def python(*words: object, group: bool = False) -> Started:
@@ -138,13 +138,13 @@ def begin(program: Callable[..., None], given: tuple, place: Place) -> None:
     program(*given)
 
 
-def launch(processes: int, script: str, *words: str) -> None:
+def launch(processes: int, max_restarts: int, script: str, *words: str) -> None:
     """As torch.distributed.run does, but for the workers, which are forked."""
     from torch.distributed.elastic.multiprocessing.errors import record
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, run_id=str(uuid.uuid4()),
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=max_restarts, run_id=str(uuid.uuid4()),
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
     )  # fmt: skip
     record(elastic_launch(config, run))(script, *words)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch.distributed as dist
-from tiny_runs import arguments, assert_bit_equal, finish, losses, start, tensors, torchrun
+from tiny_runs import arguments, assert_bit_equal, finish, losses, start, tensors
 
 from ssl_global.training import watch
 from ssl_global.training.watch import Watch
@@ -24,9 +24,9 @@ def whole(photographs, tmp_path_factory):
 
 
 def test_one_that_is_killed_is_named_and_the_run_goes_on_by_itself(photographs, tmp_path, whole):
-    """torchrun starts all of them again: the same command, the newest checkpoint."""
+    """torchrun's agent starts all of them again: the same command, the newest checkpoint."""
     words = arguments("dino", photographs, tmp_path / "run", *LONG)
-    killed = torchrun(["kill:step:14:1", *words], script=FAULTY, launcher=["--max-restarts=2"])
+    killed = start(["kill:step:14:1", *words], script=FAULTY, max_restarts=2)
     code, out, error = finish(killed)
     assert code == 0, error[-3000:]
     assert re.search(r"error: process 0 \(.*the run ends at step 14: process 1 \(.*is gone, last heard of at", error)
