@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from ssl_global.encoders.vit import VitConfig
 from ssl_global.methods.dino import DinoConfig
-from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Explain, Log, Optim, Recipe, Train, Views
 
 
 def recipe() -> Recipe:
@@ -60,6 +60,7 @@ def recipe() -> Recipe:
         ),
         eval=Eval(every=12_500),  # ours: five epochs of ImageNet
         log=Log(every=50),  # ours
+        explain=Explain(every=12_500, attention_every=500),  # ours
         checkpoint=Checkpoint(every=1000, keep=2),  # ours
     )  # fmt: skip
 
@@ -82,5 +83,6 @@ def demo() -> Recipe:
         train=Train(epochs=8, global_batch=64),
         eval=Eval(every=94),
         log=Log(every=20),
+        explain=Explain(every=94, attention_every=94),
         checkpoint=Checkpoint(every=100),
     )

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from ssl_global.encoders.vit import VitConfig
 from ssl_global.methods.mae import MaeConfig
-from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Explain, Log, Optim, Recipe, Train, Views
 
 
 def recipe() -> Recipe:
@@ -43,6 +43,7 @@ def recipe() -> Recipe:
         ),
         eval=Eval(every=6250),  # ours: twenty epochs of ImageNet
         log=Log(every=20),  # ours
+        explain=Explain(every=6250, attention_every=500),  # ours
         checkpoint=Checkpoint(every=500, keep=2),  # ours
     )
 
@@ -59,5 +60,6 @@ def demo() -> Recipe:
         train=Train(epochs=20, global_batch=64),
         eval=Eval(every=234, linear=True),
         log=Log(every=20),
+        explain=Explain(every=234, attention_every=234),
         checkpoint=Checkpoint(every=200),
     )

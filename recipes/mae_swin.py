@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from ssl_global.encoders.global_swin import GlobalSwinConfig
 from ssl_global.methods.mae import MaeConfig
-from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Log, Optim, Recipe, Train, Views
+from ssl_global.recipe import Checkpoint, Crops, Data, Eval, Explain, Log, Optim, Recipe, Train, Views
 
 
 def recipe() -> Recipe:
@@ -58,6 +58,7 @@ def recipe() -> Recipe:
         ),
         eval=Eval(every=6250),  # ours: twenty epochs of ImageNet
         log=Log(every=20),  # ours
+        explain=Explain(every=6250, attention_every=500),  # ours
         checkpoint=Checkpoint(every=500, keep=2),  # ours
     )  # fmt: skip
 
@@ -74,5 +75,6 @@ def demo() -> Recipe:
         train=Train(epochs=20, global_batch=64),
         eval=Eval(every=234, linear=True),
         log=Log(every=20),
+        explain=Explain(every=234, attention_every=234),
         checkpoint=Checkpoint(every=200),
     )

@@ -13,7 +13,19 @@ from ssl_global.finetune import Finetune
 from ssl_global.recipe import as_json, from_json
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"Data", "Views", "Crops", "EncoderConfig", "MethodConfig", "Optim", "Train", "Eval", "Log", "Checkpoint"}
+PARTS = {
+    "Data",
+    "Views",
+    "Crops",
+    "EncoderConfig",
+    "MethodConfig",
+    "Optim",
+    "Train",
+    "Eval",
+    "Log",
+    "Explain",
+    "Checkpoint",
+}
 
 
 def test_the_walk_finds_the_recipes():

@@ -88,14 +88,15 @@ class Gallery:
         } | of_method
 
     def tried(self, name: str, look: Callable[[], object], looked: Looked) -> None:
-        """What cannot be looked at is said once."""
+        """What cannot be looked at is said once, and the run goes on."""
         if name in self.without:
             return
         try:
             look()
-        except UserError as error:
+        except Exception as error:  # of any kind: weeks of training do not end for a picture
             self.without.add(name)
-            looked.warnings.append(f"no {name} is shown: {error}")
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            looked.warnings.append(f"no {name} is shown: {kind}{error}")
 
     def watch(self, encoder: Encoder, shown: list[Shown], looked: Looked, trained: bool) -> None:
         monitor = AttentionMonitor(encoder.model, images=len(shown))

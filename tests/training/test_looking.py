@@ -17,7 +17,7 @@ LOOKED_AT = ["--explain.every=4", "--explain.attention-every=3", "--explain.imag
 
 @pytest.mark.parametrize("method", list(TINY))
 def test_looking_changes_nothing(method, run, tmp_path, capsys):
-    plain = run(method, tmp_path / "plain")
+    plain = run(method, tmp_path / "plain", "--explain.every=None", "--explain.attention-every=None")
     looked = run(method, tmp_path / "looked", *LOOKED_AT)
     assert_bit_equal(tensors(plain), tensors(looked))
     assert losses(plain) == losses(looked)
