@@ -38,6 +38,7 @@ class SegmentConfig(TunedConfig):
     head: str = "upernet"  # a file of ssl_global/finetuning/heads; --head sets it
     width: int | None = None  # channels of the head and of a ViT's pyramid; None: the papers'
     auxiliary: bool = True  # another head on the last map but one, learnt from beside
+    output_stride: int | None = 8  # of the last map, where a head looks at it alone and convolutions can be dilated
     dice: float = 1.0  # weight of the Dice loss beside cross-entropy
     overlap: float = 0.25  # of the windows in which large images are judged, as a share of their side (ours)
 
@@ -54,6 +55,8 @@ class SegmentConfig(TunedConfig):
             heads.head_class(self.head)
         except ValueError as error:
             raise UserError(f"method.head: {error}") from error
+        if self.output_stride not in (None, 8, 16, 32):
+            raise wrong("method.output_stride", self.output_stride, "8 (PSPNet and its kin), 16, 32, or None")
         if self.dice < 0:
             raise wrong("method.dice", self.dice, "0 or more")
         if not 0 <= self.overlap < 1:
@@ -119,7 +122,9 @@ def spec_of(config: SegmentConfig, encoder: PretrainedConfig, pixels: int, chann
         arguments.pop(name, None)
     if takes_size(encoder.name, arguments):
         arguments["img_size"] = pixels
-        arguments |= any_size(encoder.name)
+        arguments |= accepted(encoder.name, {"dynamic_img_size": True}, {"strict_img_size": False})
+    if config.output_stride is not None and not heads.head_class(config.head).joins_scales:
+        arguments |= accepted(encoder.name, {"output_stride": config.output_stride})
     with torch.device("meta"):
         plain = timm.create_model(encoder.name, num_classes=0, **arguments)
     try:
@@ -134,14 +139,13 @@ def spec_of(config: SegmentConfig, encoder: PretrainedConfig, pixels: int, chann
     )  # fmt: skip
 
 
-def any_size(name: str) -> dict[str, Any]:
-    """What makes timm's model take images of other sizes than it was built for, where it can."""
-    options: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})
+def accepted(name: str, *options: dict[str, Any]) -> dict[str, Any]:
+    """The first of the options that timm's model can be built with; none of them: {}."""
     for option in options:
         try:
             with torch.device("meta"):
                 timm.create_model(name, num_classes=0, **option)
-        except TypeError:
+        except (TypeError, NotImplementedError):
             continue
         return option
     return {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -151,6 +152,18 @@ def test_all_heads_on_all_kinds_of_backbones(head, name, model_args):
     sum(x.square().mean() for x in (main_logits, *beside, *auxiliary)).backward()
     assert [n for n, p in segmenter.named_parameters() if p.grad is None] == []
     assert segmenter.eval().model(torch.randn(1, 3, 70, 50)).shape == (1, 3, 70, 50)
+
+
+@pytest.mark.parametrize(("head", "stride"), [("ppm", 8), ("upernet", 32)])
+def test_a_head_of_one_map_gets_a_fine_one(head, stride):
+    """As PSPNet, DANet and their kin have it; a ResNet's own has a stride of 32. The tensors are the same."""
+    config = SegmentConfig(head=head, classes=("a", "b"), width=8, auxiliary=False)
+    segmenter = Segmenter(spec_of(config, PretrainedConfig(name="test_resnet"), 64, 3))
+    assert segmenter.model.features.strides[-1] == stride
+    plain = timm.create_model("test_resnet", features_only=True).state_dict()
+    assert {name: t.shape for name, t in segmenter.backbone.state_dict().items()} == {
+        n: t.shape for n, t in plain.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -301,6 +314,7 @@ def test_two_masks_of_one_name_are_named(data, tmp_path, capsys):
         (["--head=upper"], "method.head: head 'upper': there is none; the nearest are upernet"),
         (["--views.globals.augment=rand-m9"], "views.globals.augment = rand-m9: none: masks would not follow"),
         (["--attention", "se(rato=1)"], "se: no option 'rato'; there are ratio, start"),
+        (["--method.output-stride=4"], "method.output_stride = 4: 8 (PSPNet and its kin), 16, 32, or None"),
         (["--method.dice=-1"], "method.dice = -1.0: 0 or more"),
         (["--recipe=finetune:demo"], "--task segment: the recipe finetune:demo is for another task"),
     ],
