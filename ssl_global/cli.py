@@ -9,6 +9,7 @@ ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of 
 ssl-global evaluate linear BACKBONE
 ssl-global predict MODEL IMAGES --out DIR   what a fine-tuned model says of many images
 ssl-global explain BACKBONE IMAGES --out DIR   one page of pictures, curves and figures
+ssl-global film BACKBONE VIDEO OUT.mp4       what it sees in each frame
 ssl-global plan BACKBONE                what a backbone costs, what attention would add, which would fit
 """
 
@@ -260,6 +261,47 @@ def explain(
     chosen = subject(backbone, of_run=partial(explained_run, what=what), device=on)
     source = open_source(built_in_sample()[1] if images is None else images)
     print(f"open it: {report(chosen, source, out, images=show, pixels=pixels)}")
+
+
+@app.command
+def film(
+    backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
+    frames: Annotated[Positional[Path], arg(metavar="FRAMES")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    *,
+    show: Literal["attention", "colours"] = "colours",
+    pixels: int | None = None,
+    rate: float | None = None,
+    what: str | None = None,
+    device: str | None = None,
+) -> None:
+    """What a backbone sees in a video, frame by frame, beside it.
+
+    Args:
+        backbone: As for `explain`.
+        frames: A video, a .gif, or a folder of images.
+        out: An .mp4 or a .gif.
+        show: What the last layer looks at, or the main components of the features as colours.
+        pixels: Of the frames' shorter side, for the backbone; by default what it is made for. More make finer maps.
+        rate: Frames a second; by default those of the video.
+        what: Which of a run's encoders: student, teacher or encoder.
+        device: As torch names it; by default the accelerator that there is, else the CPU.
+    """
+    # Imported here: it brings what draws.
+    from ssl_global.explain import video
+    from ssl_global.explain.subject import subject
+
+    if pixels is not None and pixels < 1:
+        raise UserError(f"--pixels {pixels}: at least 1")
+    on = device_named(device)
+    chosen = subject(backbone, of_run=partial(explained_run, what=what), device=on)
+    opened = video.open_frames(frames)
+    mean, std = chosen.data.normalisation
+    over_time = {"attention": video.attention_over_time, "colours": video.pca_over_time}[show]
+    picture = over_time(
+        chosen.model, opened, shorter=pixels or chosen.pixels, multiple=chosen.multiple, mean=mean, std=std
+    )
+    print(f"{out}: {video.write(picture, opened, out, rate=rate)} frames")
 
 
 @app.command

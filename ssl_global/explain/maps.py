@@ -21,7 +21,7 @@ from ssl_global.errors import UserError
 from ssl_global.explain.layer import LayerMap, Query
 from ssl_global.explain.record import Recorded, attention_layers, record
 
-__all__ = ["LayerMap", "Query", "attention_layers", "attention_maps", "record"]
+__all__ = ["LayerMap", "Query", "attention_layers", "attention_maps", "looking_at_patches", "record"]
 
 
 def attention_maps(model: nn.Module, images: Tensor, *, layers: list[str] | None = None) -> list[LayerMap]:
@@ -34,6 +34,19 @@ def attention_maps(model: nn.Module, images: Tensor, *, layers: list[str] | None
     Raises UserError as `record` does.
     """
     return seen(model, images, layers=layers).layers
+
+
+def looking_at_patches(model: nn.Module, images: Tensor) -> list[LayerMap]:
+    """Those layers that give weights to patches of known places: of a global-token Swin, not where patches read tokens.
+
+    Raises UserError as `attention_maps` does, and if there is none.
+    """
+    layers = [
+        layer for layer in attention_maps(model, images) if layer.grid and bool((layer.keys >= layer.prefix).any())
+    ]
+    if not layers:
+        raise UserError("none of its attentions looks at patches of known places")
+    return layers
 
 
 def seen(model: nn.Module, images: Tensor, *, layers: list[str] | None = None) -> Recorded:

@@ -20,6 +20,7 @@ from ssl_global.errors import UserError
 
 COLOUR_MAP = "viridis"
 PAPER, INK, EDGE = (255, 255, 255), (40, 40, 40), 8  # colours of a sheet, and pixels between its pictures (ours)
+FULL_COLOUR = 0.999  # quantile of a map's weights (ours)
 HIDDEN = 0.5  # the grey, in 0..1, of what is not shown
 
 
@@ -89,6 +90,11 @@ def colours(values: Tensor) -> Tensor:
     """(...) in 0..1, clipped -> uint8 (..., 3)."""
     numbers = (values.detach().float().cpu().clamp(0, 1) * 255).round().long()
     return torch.from_numpy((table_of_colours() * 255).round().astype(np.uint8))[numbers]
+
+
+def most_of(values: Tensor) -> float:
+    """What is full colour: not the largest of many weights: one patch that takes all would leave the rest dark."""
+    return max(1e-12, torch.quantile(values.float().flatten(), FULL_COLOUR).item())
 
 
 def map_picture(values: Tensor, size: tuple[int, int] | None = None, *, smooth: bool = False) -> Image.Image:

@@ -18,16 +18,14 @@ from ssl_global.data.views import normalise, plain_view, resize
 from ssl_global.errors import UserError
 from ssl_global.explain.features import colour_picture, fit_basis, similarity
 from ssl_global.explain.gradcam import grad_cam
-from ssl_global.explain.layer import LayerMap
-from ssl_global.explain.maps import attention_maps
-from ssl_global.explain.pictures import as_picture, mark, overlay, sheet
+from ssl_global.explain.maps import looking_at_patches
+from ssl_global.explain.pictures import as_picture, mark, most_of, overlay, sheet
 from ssl_global.explain.places import patch_features
 from ssl_global.explain.rollout import rollout
 from ssl_global.recipe import Data
 
 MOST_HEADS = 6  # columns of heads, the first ones (ours)
 MOST_LAYERS = 12  # columns of layers, evenly spread (ours)
-FINEST = 0.999  # quantile that is full colour: one patch that takes all would leave the rest dark (ours)
 
 Cell = tuple[Image.Image, str]
 
@@ -85,7 +83,7 @@ def attention_sheet(model: nn.Module, shown: Sequence[Shown], *, side: int = 128
     """The image, its rollout if there is one, and what the last layer's heads look at."""
     rows, flows = [], []
     for one in shown:
-        heads = looking(model, one)[-1].picture()[0].cpu()
+        heads = looking_at_patches(model, one.x)[-1].picture()[0].cpu()
         flow = rollout_or_none(model, one)
         flows.append(flow is not None)
         maps = [heads.mean(0), *heads[:MOST_HEADS]]
@@ -100,7 +98,7 @@ def layers_sheet(model: nn.Module, shown: Sequence[Shown], *, side: int = 96) ->
     rows = []
     for one in shown:
         cells: list[Cell] = [(one.picture, "")]
-        layers = looking(model, one)
+        layers = looking_at_patches(model, one.x)
         for number in np.linspace(0, len(layers) - 1, min(MOST_LAYERS, len(layers))).round().astype(int):
             cells.append((over(one, layers[number].picture()[0].mean(0).cpu()), str(number)))
         rows.append(cells)
@@ -155,18 +153,7 @@ def grad_cam_sheet(model: nn.Module, shown: Sequence[Shown], classes: Sequence[s
 
 def over(one: Shown, values: Tensor) -> Image.Image:
     """A map of weights over its image: the largest is full colour."""
-    most = torch.quantile(values.float().flatten(), FINEST).clamp_min(1e-12)
-    return overlay(one.picture, (values / most).clamp(0, 1))
-
-
-def looking(model: nn.Module, one: Shown) -> list[LayerMap]:
-    """The attentions that give weights to patches; of a global-token Swin, where patches read the tokens, none."""
-    layers = [
-        layer for layer in attention_maps(model, one.x) if layer.grid and bool((layer.keys >= layer.prefix).any())
-    ]
-    if not layers:
-        raise UserError("none of its attentions looks at patches of known places")
-    return layers
+    return overlay(one.picture, (values / most_of(values)).clamp(0, 1))
 
 
 def rollout_or_none(model: nn.Module, one: Shown) -> Tensor | None:

@@ -29,7 +29,8 @@ from ssl_global.data.progress import report
 from ssl_global.data.source import FolderSource
 from ssl_global.errors import UserError
 from ssl_global.explain.features import colour_picture, fit_basis
-from ssl_global.explain.pictures import as_input, as_picture
+from ssl_global.explain.maps import looking_at_patches
+from ssl_global.explain.pictures import as_input, as_picture, most_of, overlay
 from ssl_global.explain.places import patch_features
 
 FRAMES_A_SECOND = 12.0  # of a folder (ours)
@@ -278,6 +279,38 @@ def pca_over_time(
         foreground = basis.foreground(found)[0] if split else None
         drawn = colour_picture(basis.colours(found)[0], (frame.height, frame.width), foreground=foreground)
         return beside(frame, drawn)
+
+    return picture
+
+
+def attention_over_time(
+    model: nn.Module,
+    frames: Frames,
+    *,
+    shorter: int,
+    multiple: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    first: int = 16,
+) -> Callable[[Image.Image], Image.Image]:
+    """Makes of a frame what the last layer looks at, all heads together, beside the frame.
+
+    The scale is of the first frames, and the same for all. Arguments as `pca_over_time`. Raises UserError as
+    `maps.looking_at_patches` does, and if `first` is below 1.
+    """
+    if first < 1:
+        raise UserError(f"first = {first}: at least 1 frame")
+
+    def weights(frame: Image.Image) -> torch.Tensor:
+        images = as_input(frame, shorter=shorter, multiple=multiple, mean=mean, std=std)
+        last = looking_at_patches(model, images.to(next(model.parameters()).device))[-1]
+        return last.picture()[0].mean(0).cpu()
+
+    with contextlib.closing(iter(frames)) as each:
+        most = max((most_of(weights(frame)) for frame in itertools.islice(each, first)), default=1.0)
+
+    def picture(frame: Image.Image) -> Image.Image:
+        return beside(frame, overlay(frame, (weights(frame) / most).clamp(0, 1)))
 
     return picture
 

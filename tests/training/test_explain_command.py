@@ -75,6 +75,18 @@ def test_a_model_without_attention_says_why(photographs, tmp_path):
     assert "Patch features as colours" in [alt for alt, _ in found.pictures]
 
 
+@pytest.mark.parametrize("show", ["attention", "colours"])
+def test_a_film_has_a_picture_beside_each_frame(show, tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        Image.linear_gradient("L").rotate(40 * number).resize((64, 48)).save(tmp_path / "frames" / f"{number}.png")
+    out = tmp_path / "film.gif"
+    main(["film", "test_vit", str(tmp_path / "frames"), str(out), "--show", show, "--pixels", "160"])
+    assert f"{out}: 3 frames" in capsys.readouterr().out
+    with Image.open(out) as film:
+        assert (film.n_frames, film.size) == (3, (128, 48))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -90,3 +102,15 @@ def test_what_is_wrong_is_one_line(words, message, photographs, tmp_path, capsys
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_films_that_cannot_be_are_one_line(tmp_path, photographs, capsys):
+    for words, message in (
+        (["test_vit", str(photographs), str(tmp_path / "film.avi")], "an .mp4 or a .gif would be right"),
+        (["test_resnet", str(photographs), str(tmp_path / "film.gif"), "--show", "attention"], "attention"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["film", *words])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
