@@ -20,13 +20,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def synchronise(model: nn.Module, device: torch.device) -> None:
     """In place; parameters and buffers stay the same tensors."""
     if device.type == "cuda":
+        before = dict(model.named_modules())
         for child_name, child in list(model.named_children()):
             setattr(model, child_name, convert_sync_batchnorm(child))
+        for name, module in before.items():
+            keep_hooks(module, model.get_submodule(name))
         return
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, Synchronised):
             own = type(module)
             module.__class__ = type(f"Synchronised{own.__name__}", (Synchronised, own), {"__module__": own.__module__})
+
+
+def keep_hooks(before: nn.Module, now: nn.Module) -> None:
+    """timm makes new modules, without the hooks: an attention module that stands at a norm would never be called."""
+    for name, value in vars(before).items():
+        if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
+            setattr(now, name, value)  # the same one, in which a hook's handle finds what it is to remove
 
 
 class Synchronised(_BatchNorm):

@@ -6,6 +6,7 @@ import timm
 import torch
 from tiny_runs import finish, start
 
+from ssl_global.attention.attach import attach
 from ssl_global.training.batch_norm import synchronise
 
 
@@ -27,3 +28,21 @@ def test_for_gpus_timm_keeps_its_activations():
     assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
     assert torch.equal(model(images), before)
     assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
+
+
+def test_for_gpus_what_stands_at_a_norm_is_still_called():
+    """timm makes new norms, and hooks are what runs an attached module."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=0, zero_init_last=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = model(images)
+    attached = attach(model, {"layer2.0.bn1": "se"})
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter += torch.randn_like(parameter)
+    before = model(images)
+    assert not torch.equal(before, plain)
+    synchronise(model, torch.device("cuda"))
+    assert torch.equal(model(images), before)
+    attached.detach()
+    assert torch.equal(model(images), plain)
