@@ -11,6 +11,8 @@ Started again, it goes on behind what is there: a line or a file is written whol
 
 import contextlib
 import csv
+import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.masks import name_of
 from ssl_global.data.progress import report as report_progress
-from ssl_global.data.several import BETWEEN
+from ssl_global.data.several import BETWEEN, MOST_CLASSES
 from ssl_global.data.source import Source
 from ssl_global.data.views import normalise, plain_view
 from ssl_global.data.workers import in_order, num_workers, workers
@@ -65,19 +67,28 @@ def open_model(folder: Path, device: torch.device, *, tta: bool) -> Model:
     try:
         found = json.loads((folder / "config.json").read_text())
         spec: dict[str, Any] = found.get("segmenter", {})
-        classes = list(spec.get("classes") or found.get("label_names") or map(str, range(found["num_classes"])))
+        num_classes = found["num_classes"]
+        if not 0 <= num_classes <= MOST_CLASSES:
+            raise ValueError(f"num_classes = {num_classes}")
+        classes = list(map(str, spec.get("classes") or found.get("label_names") or range(num_classes)))
+        if len(classes) != num_classes:
+            raise ValueError(f"num_classes = {num_classes}, and {len(classes)} names")
         multi_label = found.get("problem_type") == MULTI_LABEL
         own = found["pretrained_cfg"]
         channels, pixels, _ = own["input_size"]
-        data = Data(channels=channels, mean=tuple(own["mean"]), std=tuple(own["std"]))
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(pixels, int) or pixels < 1:
+            raise ValueError(f"input_size = {own['input_size']}")
+        data = Data(channels=channels, mean=tuple(map(float, own["mean"])), std=tuple(map(float, own["std"])))
+        data.check()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: no export of a fine-tuned model: {error}") from error
     if not classes:
         raise UserError(f"{folder}: a backbone without classes; fine-tune it first (finetune.py)")
     try:
         model = load(folder).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any kind, whatever somebody has written into the files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded: {reason}") from error
     if spec:
         model = SlidingWindow(model, pixels, int(OVERLAP * pixels), margin=0)
     if tta:
@@ -147,10 +158,13 @@ class Table:
         self.opened, self.source = opened, source
         before = file.read_bytes() if file.exists() else b""
         whole = before[: before.rfind(b"\n") + 1]  # the last line may have been cut off
+        while whole.count(b'"') % 2:  # within a name that has several lines
+            whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
         if len(whole) < len(before):
             file.write_bytes(whole)
-        self.there = {row[0] for row in csv.reader(whole.decode().splitlines()[1:])}
-        self.file = file.open("a", newline="")
+        text = io.StringIO(whole.decode(errors="surrogateescape"), newline="")
+        self.there = {row[0] for row in itertools.islice(csv.reader(text), 1, None) if row}
+        self.file = file.open("a", newline="", encoding="utf-8", errors="surrogateescape")  # a name may be no UTF-8
         self.rows = csv.writer(self.file, lineterminator="\n")
         if not whole:
             ranks = range(2, 2 + min(NEXT_BEST, len(opened.classes) - 1))

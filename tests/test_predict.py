@@ -1,6 +1,8 @@
 """What a fine-tuned model says of many images: as the model itself says, each once, whatever stops it in between."""
 
 import csv
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +143,61 @@ def test_what_cannot_predict_is_one_line(images, tmp_path, capsys):
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": "9"},
+        {"num_classes": 10**12, "label_names": None},
+        {"label_names": ["cat"]},
+        {"pretrained_cfg": None},
+        {"pretrained_cfg": {"input_size": [3, "32", 32], "mean": [0, 0, 0], "std": [1, 1, 1]}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0], "std": [1]}},
+        {"model_args": 3},
+        {"attention": {"layer2": 3}},
+    ],
+)
+def test_a_strangers_config_is_one_line(classifier, images, tmp_path, capsys, change):
+    export_of(classifier, tmp_path / "export", change, (classifier / "model.safetensors").read_bytes())
+    refused(tmp_path / "export", images, tmp_path / "out", capsys)
+
+
+def test_broken_weights_are_one_line(classifier, images, tmp_path, capsys):
+    export_of(classifier, tmp_path / "export", {"attention": {"blocks.1": ["se", {}]}}, b"x")
+    assert "cannot be loaded" in refused(tmp_path / "export", images, tmp_path / "out", capsys)
+
+
+def export_of(classifier, folder, change, weights):
+    folder.mkdir()
+    config = json.loads((classifier / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def refused(folder, images, out, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        predict(folder, images, "--out", out)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ssl-global: {folder}: ")
+    return line
+
+
+def test_names_may_be_anything(classifier, images, tmp_path, capsys):
+    """Lines, quotes, separators that are no line feeds, bytes that are no UTF-8: each image has its line once, and a
+    table that was cut off within a name goes on from the last whole line."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    names = [b"1 two\nlines.png", b'2 "quoted"\n.png', "3 \u2028.png".encode(), b"4 \xff.png", b"5,6.png"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes((images / "a" / "0.png").read_bytes())
+    predict(classifier, folder, "--out", out)
+    assert "5 written now, 0 were there" in capsys.readouterr().out
+    whole = (out / "predictions.csv").read_bytes()
+    with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [os.fsencode(row[0]) for row in list(csv.reader(file))[1:]] == names
+    for end in (len(whole), whole.index(b"two\n") + 4, whole.index(b'"quoted') + 3, whole.index(b"quoted") + 10):
+        (out / "predictions.csv").write_bytes(whole[:end])
+        predict(classifier, folder, "--out", out)
+        assert (out / "predictions.csv").read_bytes() == whole, end
