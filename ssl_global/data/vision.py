@@ -34,6 +34,7 @@ from ssl_global.errors import UserError
 
 PREFIX = "torchvision:"
 SHARD_BYTES = 256 * 2**20  # a shard is closed before it would grow beyond this (ours)
+DOWNLOAD = "download"  # a folder that is no split's
 NO_SPLITS = "all"  # the folder of a dataset without any
 # Those whose targets are not one class of an image: they would be downloaded in vain.
 OTHER_TARGETS = {
@@ -52,7 +53,7 @@ def shards_of(address: str) -> list[str]:
     if name not in kinds:
         raise UserError(f"{address}: no dataset of torchvision's with classes; there are {', '.join(sorted(kinds))}")
     split = split or default_split(kinds[name])
-    if not re.fullmatch(r"[A-Za-z0-9+_-]+", split):
+    if not re.fullmatch(r"[A-Za-z0-9+_-]+", split) or split == DOWNLOAD:
         raise UserError(f"{address}: {split!r} is no name of a split")
     folder = cache_folder() / "torchvision" / name
     with alone(folder / f".{split}.lock"):
@@ -79,7 +80,7 @@ def default_split(kind: Callable[..., Any]) -> str:
 
 def write(address: str, kind: Callable[..., Any], folder: Path, name: str, split: str) -> None:
     """All of it under a temporary name, then renamed."""
-    dataset = download(address, kind, folder / "download", split)
+    dataset = download(address, kind, folder / DOWNLOAD, split)
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))

@@ -162,6 +162,7 @@ def test_without_a_network_it_is_one_line(cache: Path) -> None:
         ("torchvision:cifar10@val", "there is no split val; there are train, test"),
         ("torchvision:dtd@tests", "Unknown value 'tests' for argument split. Valid values are "),
         ("torchvision:mnist@../train", "'../train' is no name of a split"),
+        ("torchvision:mnist@download", "'download' is no name of a split"),
         ("cifar10", "there is no such file or folder; of torchvision's datasets it is torchvision:cifar10"),
     ],
 )
