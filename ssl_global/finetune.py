@@ -74,7 +74,8 @@ class Finetune(Command):
         if isinstance(method, SegmentConfig):
             if self.head is not None:
                 method = replace(method, head=self.head)
-            if self.data is not None and None in (self.masks, self.val, self.val_masks):
+            paths = (self.data, self.masks, self.val, self.val_masks)
+            if None in paths and any(paths):
                 raise UserError("--task segment needs --data, --masks, --val and --val-masks")
         elif given := [name for name in ("head", "masks", "val_masks") if getattr(self, name) is not None]:
             raise UserError(f"--{given[0].replace('_', '-')} is of --task segment")
@@ -98,8 +99,7 @@ def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe
     """The classes are the data's."""
     method = recipe.method
     assert isinstance(method, ClassifyConfig)
-    if isinstance(train, Stream):
-        raise UserError("data.reader = stream: fine-tuning counts its classes first; indexed would be right")
+    assert isinstance(train, Source), "the settings refuse a stream"
     assert val is not None
     multi_label = train.sets is not None
     if method.multi_label and not multi_label:

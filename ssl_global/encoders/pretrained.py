@@ -81,7 +81,7 @@ def of_backbone(config: PretrainedConfig, backbone: str) -> PretrainedConfig:
             found = json.loads(config_file.read_text())
             name, arguments = str(found["architecture"]), found.get("model_args") or {}
             attention = tuple(spelled(place, *one) for place, one in (found.get("attention") or {}).items())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--backbone {config_file}: no configuration of timm's: {error}") from error
         if "segmenter" in found:
             raise UserError(f"--backbone {backbone}: a segmenter; the backbone that it was made of would be right")
@@ -120,11 +120,9 @@ class Pretrained(Encoder):
         try:
             if takes_size(config.name, self.model_args):
                 self.model_args["img_size"] = pixels
-            self.model = timm.create_model(
-                config.name, num_classes=0, drop_path_rate=config.drop_path, **self.model_args
-            )
-        except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(f"encoder.name = {config.name}: cannot be built so: {error}") from error
+            self.model = create(config.name, config.drop_path, num_classes=0, **self.model_args)
+        except Exception as error:  # of many kinds, whatever the arguments say
+            raise UserError(f"encoder.name = {config.name}: cannot be built so: {said_by(error)}") from error
         if config.pool == "map" and self.model_args["global_pool"] != "map":
             pool_by_attention(self.model)
         self.width = self.first_width = int(getattr(self.model, "head_hidden_size", self.model.num_features))
@@ -162,9 +160,14 @@ class Pretrained(Encoder):
     def attachment(self) -> Attachment:
         return Attachment(self.model)
 
+    def classifiers(self) -> list[nn.Module]:
+        """One, or the two of a distilled model."""
+        found = self.model.get_classifier()
+        return list(found) if isinstance(found, tuple) else [found]
+
     def new_parts(self) -> list[nn.Module]:
         """What did not come with the weights: the classifier, another pooling, attention modules."""
-        parts = [self.model.get_classifier(), *(getattr(self.model, name, None) for name in OF_THE_POOLING)]
+        parts = [*self.classifiers(), *(getattr(self.model, name, None) for name in OF_THE_POOLING)]
         parts.append(attention_pool(self.model))
         return [part for part in parts if isinstance(part, nn.Module)] + list(self.attachment.places.values())
 
@@ -174,8 +177,23 @@ class Pretrained(Encoder):
     def begin_from(self, weights: str) -> None:
         """Reads the weights. Raises UserError if they cannot be had, or are not this model's."""
         own = {name: value for name, value in self.model_args.items() if name != "global_pool"}
+        of_classifiers = paths(self.model, self.classifiers())
         source = weights_of(weights, num_classes=0, **own)
+        source = {key: tensor for key, tensor in source.items() if not key.startswith(of_classifiers)}
         load_all_but(self.new_parts(), self.model, renamed(source, self.model.state_dict()), weights)
+
+
+def create(name: str, drop_path: float, **options: Any) -> nn.Module:
+    """timm's model, untrained. Raises UserError for a drop path where there can be none."""
+    try:
+        model: nn.Module = timm.create_model(name, drop_path_rate=drop_path, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        if drop_path:
+            raise wrong("encoder.drop_path", drop_path, f"{name} has none; 0 would be right") from error
+        model = timm.create_model(name, **options)
+    return model
 
 
 def weights_of(weights: str, **options: Any) -> dict[str, Tensor]:
@@ -188,8 +206,12 @@ def weights_of(weights: str, **options: Any) -> dict[str, Tensor]:
             state: dict[str, Tensor] = timm.create_model(weights, pretrained=True, **options).state_dict()
             return state
     except Exception as error:  # of many kinds: the hub's, safetensors', timm's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{weights}: its weights cannot be loaded: {reason}") from error
+        raise UserError(f"{weights}: its weights cannot be loaded: {said_by(error)}") from error
+
+
+def said_by(error: Exception) -> str:
+    """The first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def of_export(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -199,20 +221,31 @@ def of_export(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).state_dict()
         return state
     tensors = load_file(folder / "model.safetensors")
-    known = timm.create_model(found["architecture"], **options)
+    known = timm.create_model(found["architecture"], **(options | {"num_classes": 0, "features_only": False}))
     own = {key: tensor for key, tensor in tensors.items() if key in known.state_dict()}
     resampled = getattr(sys.modules[type(known).__module__], "checkpoint_filter_fn", lambda state, model: state)
     return {key: tensor for key, tensor in tensors.items() if key not in own} | resampled(own, known)
 
 
 def load_all_but(new_parts: list[nn.Module], model: nn.Module, found: dict[str, Tensor], weights: str) -> None:
-    """Raises UserError if `found` lacks a tensor that is in none of the new parts."""
-    ours = model.state_dict()
-    new = tuple(f"{prefix}." for prefix, part in model.named_modules() if part in new_parts)
-    missing = [key for key in ours if key not in found and not key.startswith(new)]
-    if missing:
+    """New parts that are there too, of the same shapes, are loaded, each whole or not at all. Raises UserError if
+    `found` lacks a tensor that is in none of the new parts, or has it in another shape."""
+    ours, new = model.state_dict(), paths(model, new_parts)
+    unlike = [key for key in ours if key not in found or found[key].shape != ours[key].shape]
+    old = [key for key in unlike if not key.startswith(new)]
+    if missing := [key for key in old if key not in found]:
         raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {type(model).__name__}")
-    model.load_state_dict({key: value for key, value in found.items() if key in ours}, strict=False)
+    if old:
+        shapes = " and not ".join(str(tuple(state[old[0]].shape)) for state in (found, ours))
+        raise UserError(f"{weights}: its {old[0]} is {shapes}: not of this {type(model).__name__}")
+    others = tuple(path for path in new if any(key.startswith(path) for key in unlike))
+    taken = {key: found[key] for key in ours if not key.startswith(others)}
+    model.load_state_dict(taken, strict=False)
+
+
+def paths(model: nn.Module, parts: list[nn.Module]) -> tuple[str, ...]:
+    """What the keys of these parts' tensors begin with."""
+    return tuple(f"{path}." for path, part in model.named_modules() if part in parts)
 
 
 def renamed(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:

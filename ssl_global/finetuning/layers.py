@@ -22,9 +22,13 @@ def of_maps(scales: dict[str, float], names: Collection[str]) -> dict[str, float
     """The same for the names that parameters have in a features_only model: layers_0.x or model.layers.0.x."""
     found = {}
     for name in names:
-        plain = re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", name.removeprefix("model.").removeprefix("body."))
-        found[name] = next((scales[known] for known in (name, plain) if known in scales), 1.0)
+        found[name] = next((scales[known] for known in (name, plain_name(name)) if known in scales), 1.0)
     return found
+
+
+def plain_name(name: str) -> str:
+    """Of a features_only model's tensor: in the whole model."""
+    return re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", name.removeprefix("model.").removeprefix("body."))
 
 
 def layered(

@@ -55,7 +55,7 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Image.Image:
     cells = np.kron(LOW + shares[..., None] * (HIGH - LOW), np.ones((cell, cell, 1))).astype(np.uint8)
     if not named:
         return Image.fromarray(cells)
-    names = [f"{name[:24]} {int(count)}" for name, count in zip(classes, counts.sum(1), strict=True)]
+    names = [f"{drawable(name)[:24]} {int(count)}" for name, count in zip(classes, counts.sum(1), strict=True)]
     left = 8 + int(max(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name) for name in names))
     picture = Image.new("RGB", (left + cells.shape[1] + 8, cells.shape[0] + left + 8), "white")
     picture.paste(Image.fromarray(cells), (left, 0))
@@ -91,7 +91,7 @@ def predictions_picture(shown: Sequence[Shown], classes: Sequence[str]) -> Image
 
 def overlay(image: Tensor, mask: np.ndarray, colours: np.ndarray) -> Image.Image:
     """uint8 (C, H, W) with its classes' colours over it. Class 0, the ground, and what does not count stay bare."""
-    colour = image.expand(3, -1, -1) if image.shape[0] < 3 else image[:3]
+    colour = image[:1].expand(3, -1, -1) if image.shape[0] < 3 else image[:3]
     known = mask < len(colours)
     share = OVERLAY * (known & (mask > 0))[..., None]
     blended = (1 - share) * colour.permute(1, 2, 0).numpy() + share * colours[np.where(known, mask, 0)]
@@ -106,7 +106,7 @@ def legend(classes: Sequence[str], colours: np.ndarray, width: int) -> Image.Ima
     """As many of the classes' names as a few lines hold, each behind its colour."""
     cells, left, top = [], 0, 0
     draw = ImageDraw.Draw(Image.new("L", (1, 1)))
-    for name, colour in list(zip(classes, colours, strict=True))[1:MOST_NAMED]:
+    for name, colour in list(zip(map(drawable, classes), colours, strict=True))[1:MOST_NAMED]:
         length = CELL + int(draw.textlength(name)) + 2 * GAP
         if left and left + length > width:
             left, top = 0, top + CELL
@@ -118,6 +118,11 @@ def legend(classes: Sequence[str], colours: np.ndarray, width: int) -> Image.Ima
         draw.rectangle((left, top + 3, left + CELL - 6, top + CELL - 4), fill=colour)
         draw.text((left + CELL, top + CELL // 2), name, fill="black", anchor="lm")
     return key
+
+
+def drawable(name: str) -> str:
+    """A class may be called anything: line feeds and what is no Unicode cannot be drawn in a line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def palette(num_classes: int) -> np.ndarray:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ssl_global.attention.attach import placed
 from ssl_global.data.masks import IGNORED
-from ssl_global.encoders.pretrained import PretrainedConfig, load_all_but, takes_size, weights_of
+from ssl_global.encoders.pretrained import PretrainedConfig, load_all_but, said_by, takes_size, weights_of
 from ssl_global.errors import UserError, wrong
 from ssl_global.finetuning import heads
 from ssl_global.finetuning.heads.auxiliary import WEIGHT
-from ssl_global.finetuning.layers import layer_scales, layered, of_maps
+from ssl_global.finetuning.layers import layer_scales, layered, of_maps, plain_name
 from ssl_global.finetuning.losses import pixel_loss
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.finetuning.tuned import Tuned, TunedConfig
@@ -79,6 +79,8 @@ class Segment(Tuned):
         """The run's first step starts from these weights."""
         backbone = self.model.backbone
         found = weights_of(weights, features_only=True, **self.model.model_args)
+        # An export with attention has the names of the whole model.
+        found |= {key: found[plain] for key in backbone.state_dict() if (plain := plain_name(key)) in found}
         load_all_but(list(self.model.attachment.places.values()), backbone, found, weights)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -120,13 +122,16 @@ def spec_of(config: SegmentConfig, encoder: PretrainedConfig, pixels: int, chann
     arguments: dict[str, Any] = json.loads(encoder.model_args) | {"in_chans": channels}
     for name in ("global_pool", "fc_norm"):  # of a classifier
         arguments.pop(name, None)
-    if takes_size(encoder.name, arguments):
-        arguments["img_size"] = pixels
-        arguments |= accepted(encoder.name, {"dynamic_img_size": True}, {"strict_img_size": False})
-    if config.output_stride is not None and not heads.head_class(config.head).joins_scales:
-        arguments |= accepted(encoder.name, {"output_stride": config.output_stride})
-    with torch.device("meta"):
-        plain = timm.create_model(encoder.name, num_classes=0, **arguments)
+    try:
+        if takes_size(encoder.name, arguments):
+            arguments["img_size"] = pixels
+            arguments |= accepted(encoder.name, {"dynamic_img_size": True}, {"strict_img_size": False})
+        if config.output_stride is not None and not heads.head_class(config.head).joins_scales:
+            arguments |= accepted(encoder.name, {"output_stride": config.output_stride})
+        with torch.device("meta"):
+            plain = timm.create_model(encoder.name, num_classes=0, **arguments)
+    except Exception as error:  # of many kinds, whatever the arguments say
+        raise UserError(f"encoder.name = {encoder.name}: cannot be built so: {said_by(error)}") from error
     try:
         chosen = placed(plain, encoder.attention)
     except ValueError as error:
@@ -145,7 +150,7 @@ def accepted(name: str, *options: dict[str, Any]) -> dict[str, Any]:
         try:
             with torch.device("meta"):
                 timm.create_model(name, num_classes=0, **option)
-        except (TypeError, NotImplementedError):
+        except (TypeError, NotImplementedError, AssertionError, ValueError):
             continue
         return option
     return {}

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 from ssl_global.attention.attach import Attachment, attach
 from ssl_global.encoders.encoder import Encoder
+from ssl_global.encoders.pretrained import create
 from ssl_global.errors import UserError
 from ssl_global.finetuning import heads
 from ssl_global.finetuning.heads.auxiliary import AuxiliaryHead
@@ -36,9 +36,7 @@ class Network(nn.Module):
     def __init__(self, spec: SegmenterSpec) -> None:
         super().__init__()
         try:
-            backbone = timm.create_model(
-                spec.architecture, features_only=True, drop_path_rate=spec.drop_path, **spec.model_args
-            )
+            backbone = create(spec.architecture, spec.drop_path, features_only=True, **spec.model_args)
         except (TypeError, AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"encoder.name = {spec.architecture}: gives no maps: {error}") from error
         try:

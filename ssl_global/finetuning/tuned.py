@@ -25,6 +25,8 @@ class TunedConfig(MethodConfig):
     gate_lr_times: float = 10.0  # gates of attention modules learn so much faster than the rest (ours)
 
     def check(self, recipe: "Recipe") -> None:
+        if recipe.data.reader == "stream":
+            raise wrong("data.reader", "stream", "fine-tuning counts its classes first; indexed would be right")
         views = recipe.views
         if views.globals.count != 1 or views.locals.count:
             raise wrong("views.globals.count", views.globals.count, "1, and no local views: one view is learnt from")

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from tiny_runs import EVERY, assert_bit_equal, finish, losses, start, tensors
 
-from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
+from ssl_global.encoders.pretrained import PretrainedConfig, load_all_but, of_backbone
 from ssl_global.errors import UserError
-from ssl_global.export import load
+from ssl_global.export import export, load
 from ssl_global.finetune import main
+from ssl_global.recipe import Data
 from ssl_global.schedules import Progress
 from ssl_global.training import loop
 from ssl_global.training.optim import build_optimizer, set_rates
@@ -278,6 +279,75 @@ def test_an_export_brings_its_own_parts(data, run, tmp_path, more):
     assert again.attention == config.attention == tuple(more[1:] if "--attention" in more else ())
 
 
+def exported(folder, **encoder):
+    """Of three classes."""
+    recipe = load_recipe("finetune", "demo")
+    recipe = replace(
+        recipe, encoder=PretrainedConfig(**encoder), method=replace(recipe.method, classes=("a", "b", "c"))
+    )
+    method = recipe.method.build(recipe)
+    return method.model, export(method.model, folder, recipe=recipe, summary={}, what="model")
+
+
+def begun(folder, classes, **encoder):
+    recipe = load_recipe("finetune", "demo")
+    config = of_backbone(PretrainedConfig(**encoder), str(folder))
+    recipe = replace(recipe, encoder=config, method=replace(recipe.method, classes=classes))
+    method = recipe.method.build(recipe)
+    method.begin_from(config.weights)
+    return method.model.model.state_dict()
+
+
+@pytest.mark.parametrize("attention", [(), ("layer2=se",)])
+@pytest.mark.parametrize("classes", [("a", "b"), ("a", "b", "c")])
+def test_a_classifier_is_always_new(tmp_path, attention, classes):
+    """With and without what timm does not know, of as many classes and of others."""
+    encoder, folder = exported(tmp_path / "export", name="test_resnet", attention=attention)
+    before, after = encoder.model.state_dict(), begun(folder, classes)
+    for name, tensor in before.items():
+        same = tensor.shape == after[name].shape and torch.equal(tensor, after[name])
+        assert same or name.startswith("fc."), name
+    assert len(after["fc.weight"]) == len(classes)
+    assert not torch.equal(after["fc.weight"][:2], before["fc.weight"][:2])
+
+
+def test_a_module_with_other_options_is_new_as_a_whole(tmp_path):
+    encoder, folder = exported(tmp_path / "export", name="test_resnet", attention=("layer2=se",))
+    after = begun(folder, ("a", "b"), attention=("layer2=se(ratio=0.25)",))
+    own = {name: tensor for name, tensor in encoder.model.state_dict().items() if "attached" in name}
+    assert any(own[name].shape != after[name].shape for name in own)
+    assert not any(torch.equal(own[n], after[n]) for n in own if own[n].ndim > 1 and own[n].shape == after[n].shape)
+    assert torch.equal(after["conv1.0.weight"], encoder.model.conv1[0].weight)
+
+
+def test_weights_of_another_shape_are_one_line(tmp_path):
+    _, folder = exported(tmp_path / "export", name="test_resnet", attention=("layer2=se",))
+    recipe = load_recipe("finetune", "demo")
+    grey = Data(channels=1, mean=(0.5,), std=(0.5,))
+    encoder = of_backbone(PretrainedConfig(), str(folder))
+    recipe = replace(recipe, data=grey, encoder=encoder, method=replace(recipe.method, classes=("a", "b")))
+    built = recipe.method.build(recipe)
+    with pytest.raises(UserError, match=r"its .* is \(.*\) and not \(.*\): not of this ResNet"):
+        built.begin_from(encoder.weights)
+
+
+def test_a_distilled_model_has_two_classifiers():
+    shape = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    config = PretrainedConfig(name="deit_tiny_distilled_patch16_224", model_args=json.dumps(shape))
+    encoder = config.build(load_recipe("finetune", "demo"))
+    published = timm.create_model(config.name, num_classes=0, img_size=32, **shape).state_dict()
+    encoder.tell_apart(("a", "b"))
+    load_all_but(encoder.new_parts(), encoder.model, published, "published")
+    assert torch.equal(encoder.model.cls_token, published["cls_token"])
+
+
+def test_a_model_without_drop_path_is_built_where_none_is_asked_for():
+    recipe = load_recipe("finetune", "demo")
+    assert PretrainedConfig(name="densenet121").build(recipe).width == 1024
+    with pytest.raises(UserError, match=r"encoder.drop_path = 0.1: densenet121 has none; 0 would be right"):
+        PretrainedConfig(name="densenet121", drop_path=0.1).build(recipe)
+
+
 def test_a_segmenter_is_no_backbone(tmp_path):
     for name, text in (("config.json", '{"architecture": "test_resnet", "segmenter": {}}'), ("model.safetensors", "")):
         (tmp_path / name).write_text(text)
@@ -445,12 +515,22 @@ def test_images_without_labels_are_refused(data, tmp_path, capsys):
         (["--encoder.model-args={}", "--backbone=test_resnet", "--encoder.pool=token"],
          "encoder.pool = token: test_resnet has avg, max, avgmax, map"),
         (["--train.global-batch=9", "--method.mixup=0.5"], "none of its parts is a multiple of 2"),
+        (["--encoder.model-args={\"patch_size\": 0}"], "cannot be built so: integer division or modulo by zero"),
+        (["--data.reader=stream", "--data.epoch-images=9"], "data.reader = stream: fine-tuning counts its classes"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_one_line(data, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
     words = [word.replace("EMPTY", str(tmp_path / "empty")) for word in words]
     assert message in refused(arguments(data, tmp_path / "run", *words), capsys)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"architecture": "test_resnet", "attention": {"layer2": 3}}'])
+def test_a_strangers_config_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no configuration of timm's"):
+        of_backbone(PretrainedConfig(), str(tmp_path))
 
 
 def test_an_export_that_is_cut_short_is_refused(run, data, tmp_path, capsys):

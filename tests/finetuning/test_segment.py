@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from ssl_global.data.masks import Masks, cut_mask, decode_mask
 from ssl_global.data.sample import built_in_shapes
 from ssl_global.data.source import open_source
 from ssl_global.data.views import Drawn
-from ssl_global.encoders.pretrained import PretrainedConfig
-from ssl_global.export import load
+from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
+from ssl_global.encoders.vit import Vit, VitConfig
+from ssl_global.export import export, load
 from ssl_global.finetune import main
 from ssl_global.finetuning import heads
-from ssl_global.finetuning.pictures import Shown, palette, predictions_picture
+from ssl_global.finetuning.pictures import Shown, confusion_picture, overlay, palette, predictions_picture
 from ssl_global.finetuning.segment import SegmentConfig, spec_of
 from ssl_global.finetuning.segmenter import Segmenter
 from ssl_global.recipe import Data
@@ -226,18 +228,11 @@ def test_it_begins_from_an_export_of_a_classifier_and_of_pretraining(run, tmp_pa
     """Its backbone's tensors, by the names that a model of maps has."""
     first = run(tmp_path / "first", "--train.steps=1", "--optim.warmup-epochs=0")
     assert (first / "export" / "config.json").exists()
-    from ssl_global.encoders.vit import Vit, VitConfig
-    from ssl_global.export import export
-
     torch.manual_seed(1)
     recipe = load_recipe("dino", "demo")
     encoder = Vit(VitConfig(name="vit_tiny_patch16_224", patch=8, width=32, depth=3, heads=2), pixels=32, channels=3)
     folder = export(encoder, tmp_path / "export", recipe=recipe, summary={}, what="teacher")
     recipe = load_recipe("finetune", "segment_demo")
-    from dataclasses import replace
-
-    from ssl_global.encoders.pretrained import of_backbone
-
     method = replace(recipe.method, classes=("a", "b"), width=8)
     recipe = replace(recipe, encoder=of_backbone(recipe.encoder, str(folder)), method=method)
     built = recipe.method.build(recipe)
@@ -246,6 +241,35 @@ def test_it_begins_from_an_export_of_a_classifier_and_of_pretraining(run, tmp_pa
     scales = {group["lr_scale"] for group in built.parameter_groups()}
     assert len(scales) >= 4
     assert max(scales) == 1.0
+
+
+def test_it_begins_from_an_export_with_attention(tmp_path):
+    """Which has the names of the whole model: a ViT's maps have others."""
+    recipe = load_recipe("finetune", "demo")
+    encoder = PretrainedConfig(name="vit_tiny_patch16_224", model_args=SMALL_VIT, attention=("blocks.1=se",))
+    recipe = replace(recipe, encoder=encoder, method=replace(recipe.method, classes=("a", "b", "c")))
+    first = recipe.method.build(recipe).model
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = export(first, tmp_path / "export", recipe=recipe, summary={}, what="model")
+    recipe = load_recipe("finetune", "segment_demo")
+    method = replace(recipe.method, classes=("a", "b"), width=8)
+    recipe = replace(recipe, encoder=of_backbone(recipe.encoder, str(folder)), method=method)
+    built = recipe.method.build(recipe)
+    built.begin_from(recipe.encoder.weights)
+    before, after = first.model.state_dict(), built.model.backbone.model.state_dict()
+    assert any("attached" in name for name in after)
+    for name in after:
+        assert name == "pos_embed" or torch.equal(after[name], before[name]), name
+
+
+@pytest.mark.parametrize("name", ["vgg11", "dla34"])
+def test_a_backbone_that_cannot_be_dilated_is_taken_as_it_is(name):
+    spec = spec_of(SegmentConfig(head="fcn", classes=("a", "b"), width=8), PretrainedConfig(name=name), 64, 3)
+    assert "output_stride" not in spec.model_args
+    with torch.device("meta"):
+        Segmenter(spec)
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
@@ -316,6 +340,8 @@ def test_two_masks_of_one_name_are_named(data, tmp_path, capsys):
         (["--attention", "se(rato=1)"], "se: no option 'rato'; there are ratio, start"),
         (["--method.output-stride=4"], "method.output_stride = 4: 8 (PSPNet and its kin), 16, 32, or None"),
         (["--method.dice=-1"], "method.dice = -1.0: 0 or more"),
+        (['--encoder.model-args={"nope": 1}'], "cannot be built so: VisionTransformer.__init__() got an unexpected"),
+        (["--data.reader=stream", "--data.epoch-images=9"], "data.reader = stream: fine-tuning counts its classes"),
         (["--recipe=finetune:demo"], "--task segment: the recipe finetune:demo is for another task"),
     ],
 )
@@ -328,6 +354,8 @@ def test_wrong_settings_are_one_line(data, tmp_path, capsys, words, message):
 
 def test_what_belongs_together(data, tmp_path, capsys):
     words = [word for word in arguments(data, tmp_path / "run") if not word.startswith("--val-masks")]
+    assert "--task segment needs --data, --masks, --val and --val-masks" in refused(words, capsys)
+    words = ["--task=segment", f"--val={data['val']}", f"--out={tmp_path / 'run'}"]  # would be passed over
     assert "--task segment needs --data, --masks, --val and --val-masks" in refused(words, capsys)
     words = ["--recipe=finetune:demo", f"--masks={data['masks']}", f"--out={tmp_path / 'run'}"]
     assert "--masks is of --task segment" in refused(words, capsys)
@@ -350,6 +378,21 @@ def test_predictions_are_shown_beside_the_truth():
     assert sheet.shape == (160 + 6 + 18, 492, 3)
     for colour in colours[1:]:
         assert (sheet[166:] == colour).all(-1).sum() > 50
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 13])
+def test_images_of_any_channels_are_shown(channels):
+    image, mask = torch.full((channels, 4, 6), 100, dtype=torch.uint8), np.zeros((4, 6), np.uint8)
+    assert np.array(overlay(image, mask, palette(2))).tolist() == np.full((4, 6, 3), 100).tolist()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "no \udcff Unicode", "\u732b"])
+def test_classes_may_be_called_anything(name):
+    """A stranger's classes.json may hold such names: a run would end with a traceback after its last step."""
+    classes = [name, "b"]
+    assert confusion_picture(torch.eye(2), classes).size > (2 * 18, 2 * 18)
+    shown = Shown(torch.zeros(3, 4, 4, dtype=torch.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
+    assert predictions_picture([shown], classes[::-1]).size
 
 
 def test_the_loss_has_the_heads_auxiliary_outputs_in_it():
