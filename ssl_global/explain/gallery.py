@@ -1,7 +1,7 @@
 """What a run looks at while it learns: always the same few images, their pictures, and how attention is doing.
 
 It draws no random number, and leaves no hook and no mode behind: a run that is looked at learns bit for bit what it
-would (tests/explain/test_gallery.py). Only the main process looks.
+would (tests/training/test_looking.py). Only the main process looks.
 """
 
 import time
@@ -15,6 +15,7 @@ from PIL import Image
 from ssl_global.data.source import Source
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
+from ssl_global.explain.maps import in_evaluation
 from ssl_global.explain.monitor import AttentionMonitor
 from ssl_global.explain.reconstruction import reconstruction_sheet
 from ssl_global.explain.sheets import Shown, attention_sheet, colours_sheet, evenly, likeness_sheet, squares
@@ -56,10 +57,10 @@ class Gallery:
         every = self.recipe.explain.attention_every
         return every is not None and (end or step % every == 0)
 
-    def look(self, encoder: Encoder, method: Method, step: int, *, end: bool, trained: bool) -> Looked:
+    def look(self, encoder: Encoder, method: Method | None, step: int, *, end: bool, trained: bool) -> Looked:
         """
         encoder  whole, on the device, to be called by itself
-        method   for what only it can draw; None of that where it is sharded
+        method   for what only it can draw; None where it is sharded: one process alone cannot call it
         trained  whether warnings make sense: an untrained model attends uniformly
         """
         began, looked = time.perf_counter(), Looked()
@@ -78,7 +79,9 @@ class Gallery:
         looked.figures["explain_seconds"] = looked.seconds
         return looked
 
-    def sheets(self, encoder: Encoder, method: Method, shown: list[Shown]) -> dict[str, Callable[[], Image.Image]]:
+    def sheets(
+        self, encoder: Encoder, method: Method | None, shown: list[Shown]
+    ) -> dict[str, Callable[[], Image.Image]]:
         of_method: dict[str, Callable[[], Image.Image]]
         of_method = {"rebuilt": partial(self.rebuilt, method, shown)} if isinstance(method, Mae) else {}
         return {
@@ -100,11 +103,8 @@ class Gallery:
 
     def watch(self, encoder: Encoder, shown: list[Shown], looked: Looked, trained: bool) -> None:
         monitor = AttentionMonitor(encoder.model, images=len(shown))
-        training = encoder.training
-        encoder.eval()
-        with torch.no_grad(), monitor.watching():
+        with in_evaluation(encoder), torch.no_grad(), monitor.watching():
             encoder.model(torch.cat([one.x for one in shown]))
-        encoder.train(training)
         looked.figures |= monitor.figures(heads=True)
         if trained:
             found = {line.partition(":")[0]: line for line in monitor.warnings()}

@@ -147,8 +147,8 @@ def seen_backbone(method: Method, recipe: Recipe, device: torch.device) -> Encod
     return gathered(method, recipe, device) if is_sharded(encoder) or recipe.train.compile else encoder
 
 
-def is_sharded(encoder: Encoder) -> bool:
-    return any(isinstance(tensor, DTensor) for tensor in encoder.state_dict().values())
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in module.state_dict().values())
 
 
 @torch.no_grad()

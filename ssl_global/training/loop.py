@@ -23,7 +23,7 @@ from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.checkpoint import RunState, Writer
 from ssl_global.training.diagnose import where_not_finite
-from ssl_global.training.engine import clip, precision, seen_backbone, whole_backbone
+from ssl_global.training.engine import clip, is_sharded, precision, seen_backbone, whole_backbone
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.optim import set_rates
@@ -157,7 +157,7 @@ def train(run: Run) -> Ending:
         if state.step % recipe.eval.every == 0 and not (end or stop):  # after the last step the run is judged anyway
             with meter.aside(), watch.aside("evaluating"):
                 stop = judge(run)
-        if run.gallery and run.gallery.due(state.step, end=end):
+        if run.gallery and run.gallery.due(state.step, end=end) and not stop:
             with meter.aside(), watch.aside("drawing"):
                 look(run, run.gallery, progress, end=end)
     state.seconds += meter.take_seconds()
@@ -181,14 +181,23 @@ def judge(run: Run) -> bool:
 
 
 def look(run: Run, gallery: "Gallery", progress: Progress, *, end: bool) -> None:
-    """Look at the backbone by now. All processes bring its parts together, the first one looks."""
+    """Look at the backbone by now. All processes bring its parts together, the first one looks, the others wait here:
+    in the next step they would take it for one that hangs."""
     encoder = seen_backbone(run.method, run.recipe, run.accelerator.device)
-    if not run.accelerator.is_main_process:
-        return
+    if run.accelerator.is_main_process:
+        look_at(encoder, run, gallery, progress, end=end)
+    run.accelerator.wait_for_everyone()
+
+
+def look_at(encoder: Encoder, run: Run, gallery: "Gallery", progress: Progress, *, end: bool) -> None:
     trained = progress.epoch > run.recipe.optim.warmup_epochs
-    looked = gallery.look(encoder, run.method, run.state.step, end=end, trained=trained)
+    method = None if is_sharded(run.method) else run.method
+    looked = gallery.look(encoder, method, run.state.step, end=end, trained=trained)
     run.log.write(run.state.step, looked.figures)
-    run.log.draw(run.state.step, looked.pictures)
+    try:
+        run.log.draw(run.state.step, looked.pictures)
+    except OSError as error:
+        looked.warnings.append(f"the pictures cannot be written: {error}")
     drawn = f", drew {', '.join(looked.pictures)}" if looked.pictures else ""
     run.display.say(
         f"step {run.state.step}: looked at {len(gallery.shown or [])} images in {looked.seconds:.1f} s{drawn}"

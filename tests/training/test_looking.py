@@ -1,15 +1,23 @@
 """A run that is looked at learns what it would, and its pictures and figures are where they belong."""
 
+import itertools
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from recipes_under_test import load_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import TINY, arguments, assert_bit_equal, losses, metrics, tensors
+from tiny_runs import TINY, arguments, assert_bit_equal, finish, losses, metrics, start, tensors
 
+from ssl_global.data.source import open_source
 from ssl_global.explain.gallery import Gallery
+from ssl_global.explain.monitor import AttentionMonitor
+from ssl_global.methods.method import Method
 from ssl_global.pretrain import main
+from ssl_global.training import loop
 from ssl_global.training.engine import compile_blocks, seen_backbone, whole_backbone
 
 LOOKED_AT = ["--explain.every=4", "--explain.attention-every=3", "--explain.images=2"]
@@ -50,7 +58,6 @@ def test_pictures_go_to_tensorboard(photographs, tmp_path):
 
 
 def test_what_cannot_be_shown_is_said_once(tmp_path, photographs):
-    from ssl_global.data.source import open_source
     from ssl_global.encoders.pretrained import Pretrained, PretrainedConfig
 
     recipe = load_recipe("finetune", "demo")
@@ -65,6 +72,85 @@ def test_what_cannot_be_shown_is_said_once(tmp_path, photographs):
     assert second.warnings == []
     assert encoder.training
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in encoder.modules() if m._forward_hooks] == []
+
+
+def test_a_look_that_fails_leaves_every_mode(tmp_path, photographs, monkeypatch):
+    """Memory may be full in a hook: an encoder that stayed in evaluation would learn without drop path."""
+    recipe = load_recipe("dino", "demo")
+    explain = type(recipe.explain)(every=None, attention_every=1, images=2)
+    recipe = type(recipe)(**{**vars(recipe), "explain": explain})
+    gallery = Gallery(recipe, open_source(str(photographs)), torch.device("cpu"))
+    encoder = next(iter(recipe.method.build(recipe).backbones().values())).train()
+    frozen = encoder.model.blocks[0].eval()
+
+    def full(monitor, event):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AttentionMonitor, "see", full)
+    looked = gallery.look(encoder, None, 1, end=False, trained=True)
+    assert looked.warnings == ["no attention figures is shown: OutOfMemoryError: CUDA out of memory"]
+    assert encoder.training
+    assert encoder.model.blocks[1].training
+    assert not frozen.training
+
+
+def test_what_is_sharded_is_not_called_by_one_process(run, tmp_path, monkeypatch, capsys):
+    """Its parts would be asked of the others, who take their next step meanwhile."""
+    monkeypatch.setattr(loop, "is_sharded", lambda method: isinstance(method, Method))
+    out = run("mae", tmp_path / "run", *LOOKED_AT)
+    assert {file.name.partition("-")[0] for file in (out / "pictures").iterdir()} == {
+        "attention", "colours", "likeness"
+    }  # fmt: skip
+    assert "rebuilt" not in capsys.readouterr().out
+
+
+def test_pictures_that_cannot_be_written_end_no_run(run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pictures").write_text("no folder")
+    out = run("dino", tmp_path / "run", *LOOKED_AT)
+    assert "the pictures cannot be written: " in capsys.readouterr().out
+    assert (out / "summary.json").exists()
+
+
+def test_a_signal_goes_before_pictures(run, tmp_path, monkeypatch):
+    """As before evaluations: the time until the machine is taken away is for the checkpoint."""
+
+    def clip_and_be_stopped(accelerator, optimizer, norm):
+        if next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(accelerator, optimizer, norm)
+
+    steps, clip = itertools.count(1), loop.clip
+    monkeypatch.setattr(loop, "clip", clip_and_be_stopped)
+    out = run("dino", tmp_path / "run", *LOOKED_AT)
+    assert [folder.name for folder in (out / "checkpoints").glob("step-*4")]
+    assert not (out / "pictures").exists()
+
+
+SLOW_PICTURES = """\
+import sys, time
+from ssl_global.explain.gallery import Gallery
+from ssl_global.pretrain import main
+
+look = Gallery.look
+
+def slowly(gallery, encoder, method, step, **more):
+    time.sleep(7 if step == 4 else 0)
+    return look(gallery, encoder, method, step, **more)
+
+Gallery.look = slowly
+main(sys.argv[1:])
+"""
+
+
+def test_the_others_wait_for_the_pictures(tmp_path, photographs):
+    """A process that waited in its next step would take the first one for one that hangs, and end the run."""
+    script = tmp_path / "slow_pictures.py"
+    script.write_text(SLOW_PICTURES)
+    words = arguments("dino", photographs, tmp_path / "run", "--explain.every=4", "--explain.images=2", "--timeout=3")
+    code, _, error = finish(start(words, script=script))
+    assert code == 0, error
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_compiled_backbone_is_looked_at_in_a_copy():
