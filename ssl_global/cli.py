@@ -258,7 +258,7 @@ def explain(
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
     on = device_named(device)
-    chosen = subject(backbone, of_run=partial(explained_run, what=what), device=on)
+    chosen = subject(backbone, what, run_subject=partial(explained_run, device=on), device=on)
     source = open_source(built_in_sample()[1] if images is None else images)
     print(f"open it: {report(chosen, source, out, images=show, pixels=pixels)}")
 
@@ -294,7 +294,7 @@ def film(
     if pixels is not None and pixels < 1:
         raise UserError(f"--pixels {pixels}: at least 1")
     on = device_named(device)
-    chosen = subject(backbone, of_run=partial(explained_run, what=what), device=on)
+    chosen = subject(backbone, what, run_subject=partial(explained_run, device=on), device=on)
     opened = video.open_frames(frames)
     mean, std = chosen.data.normalisation
     over_time = {"attention": video.attention_over_time, "colours": video.pca_over_time}[show]
@@ -434,12 +434,12 @@ def evaluate(
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def explained_run(run: Path, *, what: str | None) -> "Subject":
+def explained_run(run: Path, what: str | None, *, device: torch.device) -> "Subject":
     from ssl_global.explain.subject import Subject
     from ssl_global.training.checkpoint import load_method
 
     recipe, method = load_method(run)
-    encoders = method.backbones()
+    encoders = method.to(device).backbones()
     if what is not None and what not in encoders:
         raise UserError(f"--what {what}: this run has {', '.join(encoders)}")
     encoder = encoders[what] if what else next(iter(encoders.values()))

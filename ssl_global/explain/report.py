@@ -129,7 +129,11 @@ def parts_of(
         return [section("What it sees alike", text, drawn)]
 
     def images_alike() -> list[Section]:
-        drawn = tried(*of_summaries(subject, source, len(shown), device))
+        drawn: list[Part | str]
+        try:
+            drawn = tried(*of_summaries(subject, source, len(shown), device))
+        except UserError as error:  # of a segmenter
+            drawn = [f"None: {error}."]
         text = "Images whose summaries are most alike, by cosine; and all in the plane of their two main components."
         return [section("Which images it takes for alike", text, drawn)]
 

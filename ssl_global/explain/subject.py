@@ -60,40 +60,42 @@ class Subject:
             return summary.float()
 
 
-def subject(name: str, *, of_run: Callable[[Path], Subject], device: torch.device) -> Subject:
+def subject(
+    name: str, what: str | None, *, run_subject: Callable[[Path, str | None], Subject], device: torch.device
+) -> Subject:
     """The backbone called `name`, as `load_backbone` takes names.
 
-    of_run  loads a run's folder: what training wrote is not known here
+    what         which of a run's encoders; only runs have several
+    run_subject  loads a run's folder: what training wrote is not known here
 
     Raises UserError for a name that is none of these, and for weights that cannot be had.
     """
     folder = Path(name)
-    if folder.is_dir() and is_export(folder):
+    if folder.is_dir() and not is_export(folder):
+        return run_subject(folder, what)
+    if what is not None:
+        raise UserError(f"--what {what} chooses one of a run's encoders, and {name} is no run folder")
+    if folder.is_dir():
         try:
             model = load(folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{folder}: cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
-            ) from error
-        own = of_timm_config(folder, model)
+            own = of_timm_config(folder)
+        except Exception as error:  # of any kind, whatever somebody has written into the files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{folder}: cannot be loaded: {reason}") from error
         run = folder.parent if (folder.parent / "run.json").is_file() else None
         return Subject(name=name, model=model.to(device), classes=class_names(folder), run=run, **own)
-    if folder.is_dir():
-        return of_run(folder)
     chosen = load_backbone(name, None, run_backbone=never, device=device)
     data = Data(channels=chosen.channels, mean=chosen.mean, std=chosen.std)
     assert isinstance(chosen.embed, nn.Module)
     return Subject(name=name, model=chosen.embed, data=data, pixels=chosen.pixels)
 
 
-def of_timm_config(folder: Path, model: nn.Module) -> dict[str, Any]:
-
-    try:
-        own = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-        channels, pixels, _ = own["input_size"]
-        data = Data(channels=channels, mean=tuple(own["mean"]), std=tuple(own["std"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: does not say how its images have to be: {error}") from error
+def of_timm_config(folder: Path) -> dict[str, Any]:
+    """How its images have to be."""
+    own = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    channels, pixels, _ = own["input_size"]
+    data = Data(channels=channels, mean=tuple(own["mean"]), std=tuple(own["std"]))
+    data.check()
     return {"data": data, "pixels": pixels}
 
 

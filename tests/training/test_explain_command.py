@@ -6,11 +6,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from recipes_under_test import load_recipe
 
-from ssl_global.cli import main
+from ssl_global.cli import explained_run, main
+from ssl_global.export import export
 from ssl_global.finetune import main as finetune
+from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 
 
 class Page(HTMLParser):
@@ -75,6 +79,40 @@ def test_a_model_without_attention_says_why(photographs, tmp_path):
     assert "Patch features as colours" in [alt for alt, _ in found.pictures]
 
 
+def test_a_segmenter_gets_a_page(tmp_path, photographs):
+    spec = SegmenterSpec(
+        architecture="test_resnet", model_args={"in_chans": 3}, classes=("sky", "ground"), channels=3, pixels=64,
+        head="fcn", auxiliary=False,
+    )  # fmt: skip
+    recipe = load_recipe("finetune", "demo")
+    export(Segmenter(spec), tmp_path / "export", recipe=recipe, summary={}, what="model")
+    found = page(tmp_path, tmp_path / "export", photographs)
+    assert "None: Network: says nothing of a whole image." in found.text
+    assert {*ALWAYS} <= set(found.titles)
+
+
+def test_a_run_is_looked_at_where_it_is_wanted(run, photographs, tmp_path):
+    out = run("mae", tmp_path / "run", "--eval.every=100")
+    found = explained_run(out, None, device=torch.device("meta"))
+    assert {tensor.device.type for tensor in found.method.state_dict().values()} == {"meta"}
+    assert found.model is found.method.encoder
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"architecture": 3}', '{"architecture": "test_vit", "model_args": [1]}', "{"]
+)
+def test_a_broken_export_is_one_line(content, tmp_path, photographs, capsys):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text(content)
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", str(tmp_path / "export"), str(photographs), "--out", str(tmp_path / "report")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"ssl-global: {tmp_path / 'export'}: cannot be loaded: " in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("show", ["attention", "colours"])
 def test_a_film_has_a_picture_beside_each_frame(show, tmp_path, capsys):
     for number in range(3):
@@ -92,6 +130,7 @@ def test_a_film_has_a_picture_beside_each_frame(show, tmp_path, capsys):
     [
         (["vit_tiny_patch16_224", "{photos}", "--pixels", "77"], "--pixels 77: the backbone does not take it"),
         (["test_vit", "{photos}", "--show", "0"], "--show 0: at least 1"),
+        (["test_vit", "{photos}", "--what", "teacher"], "--what teacher chooses one of a run's encoders"),
         (["{photos}", "{photos}"], "no checkpoint there; a run's --out has a folder"),
         (["test_vot", "{photos}"], "test_vot: no such folder, and no model of timm; the nearest are"),
     ],
@@ -107,6 +146,7 @@ def test_what_is_wrong_is_one_line(words, message, photographs, tmp_path, capsys
 def test_films_that_cannot_be_are_one_line(tmp_path, photographs, capsys):
     for words, message in (
         (["test_vit", str(photographs), str(tmp_path / "film.avi")], "an .mp4 or a .gif would be right"),
+        (["vit_tiny_patch16_224", str(photographs), str(tmp_path / "film.gif")], "the backbone does not take them: "),
         (["test_resnet", str(photographs), str(tmp_path / "film.gif"), "--show", "attention"], "attention"),
     ):
         with pytest.raises(SystemExit) as stopped:
