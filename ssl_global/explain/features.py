@@ -60,11 +60,11 @@ class Basis:
 
     def foreground(self, features: Tensor) -> Tensor:
         """(B, rows, cols, D) -> bool (B, rows, cols)."""
-        return (features.double().cpu() - self.mean) @ self.split > self.threshold
+        return (features.cpu().double() - self.mean) @ self.split > self.threshold
 
     def colours(self, features: Tensor) -> Tensor:
         """(B, rows, cols, D) -> float (B, rows, cols, 3) in 0..1, background too."""
-        along = (features.double().cpu() - self.centre) @ self.directions.T
+        along = (features.cpu().double() - self.centre) @ self.directions.T
         return ((along - self.low) / (self.high - self.low).clamp_min(1e-12)).clamp(0, 1).float()
 
 
@@ -76,7 +76,7 @@ def fit_basis(features: Sequence[Tensor], *, split: bool = True, threshold: floa
 
     Raises UserError if the features are all alike, or if fewer than four places are foreground.
     """
-    flat_ND = torch.cat([one.double().cpu().flatten(0, -2) for one in features])
+    flat_ND = torch.cat([one.cpu().double().flatten(0, -2) for one in features])
     mean, components, variances = main_components(flat_ND)
     first = components[0] * towards_the_middle(features, mean, components[0])
     chosen_ND = flat_ND[(flat_ND - mean) @ first > threshold] if split else flat_ND
@@ -108,7 +108,7 @@ def towards_the_middle(features: Sequence[Tensor], mean: Tensor, component: Tens
     """1 or -1: the sign with which the component is less at the edges of the maps than within them."""
     edges, inner = [], []
     for maps in features:
-        along = (maps.double().cpu() - mean) @ component
+        along = (maps.cpu().double() - mean) @ component
         edge = torch.ones(along.shape[1:], dtype=torch.bool)
         edge[1:-1, 1:-1] = False
         edges.append(along[:, edge].flatten())
@@ -225,7 +225,7 @@ def in_the_plane(features_ND: Tensor, method: Literal["pca", "umap"] = "pca", *,
     if len(features_ND) < 3:
         raise UserError(f"{len(features_ND)} images: a plane needs at least 3")
     if method == "pca":
-        x_ND = features_ND.double().cpu()
+        x_ND = features_ND.cpu().double()
         mean, components, _ = main_components(x_ND)
         return ((x_ND - mean) @ components[:2].T).float()
     if method != "umap":

@@ -27,6 +27,7 @@ from ssl_global.data.files import whole
 HERE = Path(__file__).parent
 LOSSLESS: dict[str, dict[str, object]] = {"PNG": {"optimize": True}, "WEBP": {"lossless": True, "exact": True}}
 JPEG: dict[str, object] = {"quality": 92, "subsampling": 0}  # ours; colours keep their edges in maps
+LARGEST = {"WEBP": 16_383, "JPEG": 65_500}  # pixels of a side that the formats can hold
 MOST_ERROR = 4.0  # ours, of 255, root mean square: more is lost by JPEG, and the picture is kept exactly
 SMALL, MEDIUM = 160, 420  # ours, pixels of width: up to there a picture is shown several to a line
 BEYOND = 1e100  # ours: so large a number says no more than that it is
@@ -273,8 +274,10 @@ def data_uri(image: Image.Image) -> str:
 def packed(image: Image.Image) -> tuple[str, bytes]:
     """("PNG", "WEBP" or "JPEG", the file): the smallest; JPEG only where nobody would see it."""
     pixels = bare(image)
-    candidates = {kind: saved(pixels, kind, options) for kind, options in LOSSLESS.items()}
-    if pixels.mode != "RGBA":
+    side = max(pixels.size)
+    fitting = {kind: options for kind, options in LOSSLESS.items() if side <= LARGEST.get(kind, side)}
+    candidates = {kind: saved(pixels, kind, options) for kind, options in fitting.items()}
+    if pixels.mode != "RGBA" and side <= LARGEST["JPEG"]:
         lossy = saved(pixels, "JPEG", JPEG)
         if rms_difference(Image.open(io.BytesIO(lossy)), pixels) <= MOST_ERROR:
             candidates["JPEG"] = lossy

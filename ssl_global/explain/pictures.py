@@ -42,26 +42,31 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    """uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+def as_tensor(picture: Image.Image, channels: int = 3) -> Tensor:
+    """uint8 (channels, H, W): colour, or grey. Raises UserError for another number."""
+    if channels not in (1, 3):
+        raise UserError(f"images of {channels} channels: a picture has 3, or 1")
+    pixels = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB")))
+    return pixels.view(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
 def as_input(
     picture: Image.Image, *, shorter: int, multiple: int, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """A whole picture for a network, float (1, 3, H, W), normalised: nothing is cut off, and the aspect is kept nearly.
+    """A whole picture for a network, float (1, C, H, W), normalised: nothing is cut off, and the aspect is kept nearly.
 
     shorter   of its sides in pixels, about
     multiple  that both sides are made, by rounding: the patch, or the network's stride
 
-    Raises UserError for sizes below 1.
+    mean      of each channel, which are 3, or 1: then the picture is made grey
+
+    Raises UserError for sizes below 1, and for other numbers of channels.
     """
     if shorter < 1 or multiple < 1:
         raise UserError(f"shorter = {shorter}, multiple = {multiple}: at least 1 pixel each")
     scale = shorter / min(picture.size)
     height, width = (max(1, round(side * scale / multiple)) * multiple for side in (picture.height, picture.width))
-    return normalise(resize(as_tensor(picture), (height, width))[None], tuple(mean), tuple(std))
+    return normalise(resize(as_tensor(picture, len(mean)), (height, width))[None], tuple(mean), tuple(std))
 
 
 def upsample(maps: Tensor, size: tuple[int, int], *, smooth: bool = True) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from ssl_global.explain.features import colour_picture, fit_basis
 from ssl_global.explain.maps import looking_at_patches
 from ssl_global.explain.pictures import as_input, as_picture, most_of, overlay
 from ssl_global.explain.places import patch_features
+
+T = TypeVar("T")
 
 FRAMES_A_SECOND = 12.0  # of a folder (ours)
 GIF_COLOURS = 256
@@ -269,10 +271,13 @@ def pca_over_time(
 
     def features(frame: Image.Image) -> torch.Tensor:
         images = as_input(frame, shorter=shorter, multiple=multiple, mean=mean, std=std)
-        return patch_features(model, images.to(next(model.parameters()).device), place)
+        return looked_at(model, images, lambda x: patch_features(model, x, place))
 
     with contextlib.closing(iter(frames)) as each:
-        basis = fit_basis([features(frame) for frame in itertools.islice(each, first)], split=split)
+        seen = [features(frame) for frame in itertools.islice(each, first)]
+    if not seen:
+        raise UserError(f"{frames.path}: holds no frame")
+    basis = fit_basis(seen, split=split)
 
     def picture(frame: Image.Image) -> Image.Image:
         found = features(frame)
@@ -303,7 +308,7 @@ def attention_over_time(
 
     def weights(frame: Image.Image) -> torch.Tensor:
         images = as_input(frame, shorter=shorter, multiple=multiple, mean=mean, std=std)
-        last = looking_at_patches(model, images.to(next(model.parameters()).device))[-1]
+        last = looked_at(model, images, lambda x: looking_at_patches(model, x))[-1]
         return last.picture()[0].mean(0).cpu()
 
     with contextlib.closing(iter(frames)) as each:
@@ -313,6 +318,17 @@ def attention_over_time(
         return beside(frame, overlay(frame, (weights(frame) / most).clamp(0, 1)))
 
     return picture
+
+
+def looked_at(model: nn.Module, images: torch.Tensor, look: Callable[[torch.Tensor], T]) -> T:
+    try:
+        return look(images.to(next(model.parameters()).device))
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = images.shape[-2:]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"frames of {width} x {height} pixels: the backbone does not take them: {reason}") from error
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -24,6 +24,7 @@ from ssl_global.explain.page import (
     Table,
     bare,
     number,
+    packed,
     page,
     write,
 )
@@ -308,3 +309,13 @@ def test_letters_and_lines_stand_out_from_their_ground():
                 low, high = sorted((luminance(scheme[name]), luminance(scheme[ground])))
                 least = 4.5 if name.startswith("line-") else 7
                 assert (high + 0.05) / (low + 0.05) >= least, (name, ground, scheme)
+
+
+@pytest.mark.parametrize("size", [(4, 17_000), (4, 66_000), (17_000, 4)])
+def test_a_picture_too_tall_for_one_format_has_another(size):
+    """Two hundred images in one sheet are more than WebP can hold, more still than JPEG."""
+    image = Image.linear_gradient("L").convert("RGB").resize(size)
+    kind, content = packed(image)
+    with Image.open(io.BytesIO(content)) as found:
+        assert found.size == size
+        assert kind == "PNG" or max(size) < 65_500

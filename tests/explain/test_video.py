@@ -57,6 +57,31 @@ def test_what_is_written_is_read_again(folder, tmp_path, suffix, size, most):
     assert len(list(found)) == 12  # once more from the first
 
 
+def test_a_grey_backbone_sees_grey_frames(folder):
+    model = timm.create_model("test_vit", in_chans=1, img_size=(32, 48), num_classes=0).eval()
+    frames = v.open_frames(folder)
+    picture = v.pca_over_time(model, frames, shorter=32, multiple=16, mean=MEAN[:1], std=STD[:1])
+    assert picture(frame(0)).size == (66, 21)
+    image = as_input(frame(0), shorter=21, multiple=1, mean=(0.0,), std=(1.0,))
+    assert np.array_equal((image[0, 0] * 255).round(), np.asarray(frame(0).convert("L")))
+
+
+def test_frames_that_the_backbone_cannot_take_are_one_line(folder):
+    model, frames = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1).eval(), v.open_frames(folder)
+    for over_time in (v.pca_over_time, v.attention_over_time):
+        with pytest.raises(UserError, match=r"^frames of 48 x 32 pixels: the backbone does not take them: "):
+            over_time(model, frames, shorter=32, multiple=16, mean=MEAN, std=STD)
+        with pytest.raises(UserError, match="images of 13 channels: a picture has 3, or 1"):
+            over_time(model, frames, shorter=32, multiple=16, mean=(0.5,) * 13, std=(0.5,) * 13)
+
+
+def test_a_video_without_a_frame_is_one_line(tmp_path):
+    model = timm.create_model("test_vit", num_classes=0)
+    none = v.Frames(tmp_path / "none.mkv", 0, 10, lambda: (one for one in ()))
+    with pytest.raises(UserError, match=r"none\.mkv: holds no frame"):
+        v.pca_over_time(model, none, shorter=32, multiple=16, mean=MEAN, std=STD)
+
+
 def test_a_gif_is_one_for_pil(folder, tmp_path):
     v.write(itself, v.open_frames(folder), tmp_path / "a.gif", rate=20, visible=False)
     with Image.open(tmp_path / "a.gif") as image:
