@@ -49,9 +49,9 @@ class Subject:
         return max([1, *reductions, *([side] if isinstance(side, int) else [])])
 
     def summaries(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D)."""
+        """(B, C, H, W) -> (B, D). Raises UserError for a model that says nothing of a whole image, as a segmenter."""
         with torch.no_grad():
-            if isinstance(self.model, Encoder) and self.method is not None:
+            if isinstance(self.model, Encoder) and type(self.model).encode is not Encoder.encode:
                 return self.model.encode(images).summary.float()
             model: Any = network(self.model)
             if not hasattr(model, "forward_head"):

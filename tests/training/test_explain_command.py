@@ -12,6 +12,8 @@ from PIL import Image
 from recipes_under_test import load_recipe
 
 from ssl_global.cli import explained_run, main
+from ssl_global.errors import UserError
+from ssl_global.explain.subject import Subject
 from ssl_global.export import export
 from ssl_global.finetune import main as finetune
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
@@ -84,11 +86,14 @@ def test_a_segmenter_gets_a_page(tmp_path, photographs):
         architecture="test_resnet", model_args={"in_chans": 3}, classes=("sky", "ground"), channels=3, pixels=64,
         head="fcn", auxiliary=False,
     )  # fmt: skip
-    recipe = load_recipe("finetune", "demo")
-    export(Segmenter(spec), tmp_path / "export", recipe=recipe, summary={}, what="model")
+    recipe, model = load_recipe("finetune", "demo"), Segmenter(spec).eval()
+    export(model, tmp_path / "export", recipe=recipe, summary={}, what="model")
     found = page(tmp_path, tmp_path / "export", photographs)
     assert "None: Network: says nothing of a whole image." in found.text
     assert {*ALWAYS} <= set(found.titles)
+    of_run = Subject(name="run", model=model, data=recipe.data, pixels=64, method=torch.nn.Identity())
+    with pytest.raises(UserError, match=r"^Network: says nothing of a whole image$"):
+        of_run.summaries(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_run_is_looked_at_where_it_is_wanted(run, photographs, tmp_path):
