@@ -32,6 +32,7 @@ from ssl_global.recipe import Recipe
 from ssl_global.training.job import Job, do
 
 MOST_CLASSES = 2**20  # ours: of numbered labels without names
+MOST_OF_SETS = 2**13  # ours: each class is judged by a curve of 256 KB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,10 @@ def classes_of_sets(train: Source, val: Source) -> tuple[str, ...]:
     """
     if not train.classes:
         raise UserError(f"--data {train.path}: no image has any class: nothing to tell apart")
+    if len(train.classes) > MOST_OF_SETS:
+        raise UserError(f"--data {train.path}: {len(train.classes)} classes; {MOST_OF_SETS} at most, of sets")
+    if twice := [name for name in train.classes if train.classes.count(name) > 1]:
+        raise UserError(f"--data {train.path}: two classes are called {twice[0]!r}")
     if val.sets is None:
         raise UserError(f"--val {val.path}: says no sets of classes, as {train.path} does (labels.csv)")
     number = {name: k for k, name in enumerate(train.classes)}

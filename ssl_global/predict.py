@@ -1,5 +1,6 @@
 """What a fine-tuned model says of many images: a table of classes, or a mask and a picture of each.
 
+    OUT/predicted_by.txt       a hash of the model: other answers are not mixed with these
     OUT/predictions.csv        image, class, probability, and the next best: a line each; of a model that was tuned on
                                any number of classes for each image: image, labels, probabilities, "cat|dog" and
                                "0.9312|0.7120", all of at least 0.5, the form of the labels.csv that it learnt from
@@ -11,6 +12,7 @@ Started again, it goes on behind what is there: a line or a file is written whol
 
 import contextlib
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -53,6 +55,7 @@ class Model:
     data: Data
     segments: bool
     multi_label: bool
+    said_by: str = ""  # a hash of its weights, and how it is asked: other answers are not mixed with these
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,15 @@ def open_model(folder: Path, device: torch.device, *, tta: bool) -> Model:
         model = TTA(model, scales=(0.75, 1.0, 1.25) if spec else (1.0,), activation=activation, stride=1)
     else:
         model = nn.Sequential(model, nn.Sigmoid() if multi_label else nn.Softmax(dim=1))
-    return Model(model, classes, pixels, data, bool(spec), multi_label)
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    return Model(model, classes, pixels, data, bool(spec), multi_label, said_by=f"{weights}{' tta' if tta else ''}")
 
 
 def predict(opened: Model, source: Source, out: Path, *, batch: int, device: torch.device) -> Predicted:
     """All images of the source that are not in `out` yet. Raises UserError if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        refuse_other_answers(opened, out)
         write = to_masks(opened, source, out) if opened.segments else to_table(opened, source, out)
         with write as writer:
             left = [index for index in range(len(source)) if not writer.has(index)]
@@ -115,6 +120,17 @@ def predict(opened: Model, source: Source, out: Path, *, batch: int, device: tor
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from error
     return Predicted(len(left) - len(bad), len(source) - len(left), bad)
+
+
+def refuse_other_answers(opened: Model, out: Path) -> None:
+    """Notes whose answers are in OUT. Raises UserError if they are another model's, or of another way to ask it."""
+    note = out / "predicted_by.txt"
+    before = note.read_text() if note.is_file() else None
+    if before not in (None, opened.said_by):
+        raise UserError(
+            f"--out {out}: holds what another model says, or this one with another --tta; give another --out"
+        )
+    note.write_text(opened.said_by)
 
 
 def probabilities(opened: Model, images: list[Tensor], device: torch.device) -> list[Tensor]:

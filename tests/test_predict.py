@@ -47,6 +47,18 @@ def segmenter(tmp_path_factory) -> Path:
     return exported("segment_demo", tmp_path_factory.mktemp("segmenter") / "export", width=8)
 
 
+def test_two_models_answers_are_not_mixed(classifier, images, tmp_path, capsys):
+    words = ["predict", str(classifier), str(images), "--out", str(tmp_path / "out")]
+    cli.main(words)
+    cli.main(words)
+    before = (tmp_path / "out" / "predictions.csv").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--tta"])
+    assert stopped.value.code == 2
+    assert "holds what another model says, or this one with another --tta" in capsys.readouterr().err
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """Nine crops of several sizes, and one that is no image."""

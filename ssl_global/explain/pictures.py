@@ -98,7 +98,8 @@ def colours(values: Tensor) -> Tensor:
 
 
 def most_of(values: Tensor) -> float:
-    """What is full colour: not the largest of many weights: one patch that takes all would leave the rest dark."""
+    """What is full colour: of a large map not the largest weight, since one patch that takes all would leave the rest
+    dark."""
     return max(1e-12, torch.quantile(values.float().flatten(), FULL_COLOUR).item())
 
 

@@ -152,7 +152,7 @@ def grad_cam_sheet(model: nn.Module, shown: Sequence[Shown], classes: Sequence[s
 
 
 def over(one: Shown, values: Tensor) -> Image.Image:
-    """A map of weights over its image: the largest is full colour."""
+    """A map of weights over its image: about the largest is full colour."""
     return overlay(one.picture, (values / most_of(values)).clamp(0, 1))
 
 

@@ -1,4 +1,6 @@
-"""Batch norms over the images of all processes, so that N processes learn what one does.
+"""Batch norms over the images that all processes take at once, so that N processes learn what one does.
+
+Where a batch is taken in parts, each part has statistics of its own, as everywhere.
 
 On GPUs these are torch's, brought in by timm, which keeps the activations of its own norms. torch has none for CPUs, so
 there the norms' classes get this one in front:
