@@ -16,6 +16,8 @@ from benchmarks.measure import Comparison, compare
 SMALL = {
     "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
     "attention_table": ["--small", "--seeds", "1", "--variants", "Baseline", "Criss-Cross"],
+    "loss": ["--images", "2", "--prototypes", "512", "--rounds", "1"],
+    "teacher": ["--name", "test_vit", "--prototypes", "512", "--rounds", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
     "shuffle": ["--shards", "9"],

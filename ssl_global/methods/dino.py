@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import wrong
+from ssl_global.methods.dino_loss import dino_loss
 from ssl_global.methods.heads import PrototypeHead
 from ssl_global.methods.method import Batch, Method
 from ssl_global.methods.teacher import Centre, follow, move_teacher
@@ -103,19 +104,22 @@ class Dino(Method):
         temp = linear(*config.teacher_temp, share_of(progress.epoch, config.teacher_temp_warmup_epochs))
         with torch.no_grad():
             teacher = self.teacher(views[:num_global])
-            teacher_GBK = probabilities(teacher.logits, self.centre, temp).unflatten(0, (num_global, -1))
+            log_p = log_probabilities(teacher.logits, self.centre, temp)
+            p = log_p.exp()
+            entropy = -torch.dot(p.flatten(), log_p.flatten()) / len(p)
+            teacher_GBK = p.unflatten(0, (num_global, -1))
         student = self.student(views)
 
         student_VBK = student.logits.unflatten(0, (len(views), -1))
         loss = dino_loss(student_VBK, teacher_GBK, student_temp=config.student_temp)
-        entropy = -torch.xlogy(teacher_GBK, teacher_GBK).sum(-1).mean()
         figures = {
             "teacher_entropy_share": entropy / math.log(config.prototypes),
             "teacher_kl": loss.detach()
             - entropy,  # of the student from the teacher: what the student could still learn
         }
         if self.region_centre is not None:
-            targets = [probabilities(logits, self.region_centre, temp) for logits in teacher.region_logits]
+            with torch.no_grad():
+                targets = [log_probabilities(x, self.region_centre, temp).exp() for x in teacher.region_logits]
             by_region = region_loss(student, replace(teacher, region_logits=targets), student_temp=config.student_temp)
             figures |= {"view_loss": loss.detach(), "region_loss": by_region.detach()}
             loss = (loss + by_region) / 2
@@ -171,39 +175,12 @@ class Distiller(nn.Module):
         return Said(self.head(torch.cat(summaries)), patches, regions)
 
 
-def probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
-    """The teacher's, centred and sharpened; the centre hears of the logits."""
+def log_probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
+    """(..., K), float32: the teacher's, centred and sharpened; the centre hears of the logits. Without gradient."""
     logits = logits.float()
     centre.add(logits)
-    return ((logits - centre.value) / temp).softmax(-1)
-
-
-def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) -> Tensor:
-    """Mean cross-entropy, in nats, of the teacher's view g under the student's view v, over all g != v.
-
-    student_VBK   raw logits; rows 0..G-1 are of the global views that the teacher saw
-    teacher_GBK   probabilities, centred and sharpened already: each sums to 1 over K; no gradient
-    student_temp  the paper's tau_s; above 0
-
-    Returns a float32 scalar, whatever the inputs' precision. Raises ValueError for a single view. Slowly:
-
-        total, pairs = 0, 0
-        for g in range(G):
-            for v in range(V):
-                if v != g:                       # at v == g the student looked at the teacher's very view
-                    total += mean over B of -sum over K of teacher[g] * log_softmax(student[v] / student_temp)
-                    pairs += 1
-        return total / pairs
-    """
-    num_global, num_images, _ = teacher_GBK.shape
-    num_views = len(student_VBK)
-    if num_views < 2:
-        raise ValueError(f"DINO compares different views of an image; got {num_views}")
-    with torch.autocast(student_VBK.device.type, enabled=False):
-        log_p_VBK = F.log_softmax(student_VBK.float() / student_temp, dim=-1)
-        ce_GV = -torch.einsum("gbk,vbk->gv", teacher_GBK.float(), log_p_VBK) / num_images
-        same_view_GV = torch.eye(num_global, num_views, dtype=torch.bool, device=ce_GV.device)
-        return ce_GV.masked_fill(same_view_GV, 0.0).sum() / (num_global * num_views - num_global)
+    z = (logits - centre.value).div_(temp)  # in place from here on: it is as large as the logits
+    return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
 def region_loss(student: Said, teacher: Said, *, student_temp: float) -> Tensor:

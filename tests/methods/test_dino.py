@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
-from ssl_global.methods.dino import Said, dino_loss, region_loss
+from ssl_global.methods.dino import Said, region_loss
+from ssl_global.methods.dino_loss import AT_ONCE, dino_loss
 from ssl_global.schedules import Progress
 
 START = Progress(step=0, num_steps=100, steps_per_epoch=10)
@@ -65,6 +66,28 @@ def test_loss_is_the_slow_loop(num_global, num_local, num_images, k):
     (gradient,) = torch.autograd.grad(fast, student)
     (expected,) = torch.autograd.grad(slow, student)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**18])
+def test_loss_is_the_same_however_many_images_at_once(monkeypatch, at_once):
+    """Values and gradients are the slow loop's; the gradient carries what the loss is scaled by."""
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 7, 30, generator=generator, requires_grad=True)
+    teacher = (5 * torch.randn(2, 7, 30, generator=generator)).softmax(-1)
+    loss = dino_loss(student, teacher, student_temp=0.1)
+    (3 * loss).backward()
+    (expected,) = torch.autograd.grad(3 * slow_loss(student, teacher, 0.1), student)
+    torch.testing.assert_close(student.grad, expected.float(), rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        assert dino_loss(student, teacher, student_temp=0.1) == loss
+
+
+def test_the_gradient_can_be_had_once():
+    loss = dino_loss(torch.randn(3, 2, 8, requires_grad=True), torch.randn(2, 2, 8).softmax(-1), student_temp=0.1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="kept for one time only"):
+        loss.backward()
 
 
 def test_loss_is_float32_under_autocast():
