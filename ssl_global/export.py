@@ -24,6 +24,7 @@ from torch import Tensor
 from ssl_global.attention.attach import Attachment, attach
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.encoders.pooling import attention_pool, pool_by_attention
+from ssl_global.encoders.pretrained import NOT_THE_MODELS
 from ssl_global.errors import UserError
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.recipe import Data, Recipe, as_json
@@ -146,6 +147,8 @@ def load(folder: Path, **options: Any) -> torch.nn.Module:
         return model.eval()
     if options:
         raise ValueError(f"{folder}: has attention that is ours: it is loaded as it is, without {', '.join(options)}")
+    if others := sorted(found["model_args"].keys() & NOT_THE_MODELS):
+        raise ValueError(f"{folder}/config.json: model_args has {others[0]}")
     model = timm.create_model(found["architecture"], num_classes=found["num_classes"], **found["model_args"])
     if found.get("attention_pool"):
         pool_by_attention(model)

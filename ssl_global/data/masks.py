@@ -110,10 +110,11 @@ class Facts(NamedTuple):
 
 
 def name_of(key: str) -> str:
-    """A sample's name, without its shard and its suffix."""
-    sample = key.rpartition(".tar/")[2]
+    """A sample's name, without its shard and its suffix. In a shard it ends at its first dot, as webdataset has it."""
+    _, shard, sample = key.rpartition(".tar/")
     folder, slash, name = sample.rpartition("/")
-    return f"{folder}{slash}{name.partition('.')[0]}"
+    bare = name.partition(".")[0] if shard else name.rpartition(".")[0]
+    return f"{folder}{slash}{bare or name}"
 
 
 def decode_mask(data: bytes) -> np.ndarray:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 USUAL_PIXELS = 224  # of timm's models
 POOLINGS = ("token", "avg", "max", "avgmax", "map")  # that are offered where another was asked for
+# Arguments of timm.create_model by which a stranger's configuration could have other files read or fetched.
+NOT_THE_MODELS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 OF_THE_POOLING = ("attn_pool", "fc_norm")  # parts that a model gets with another pooling; new, like a head
 
 
@@ -48,6 +50,8 @@ class PretrainedConfig(EncoderConfig):
             raise wrong("encoder.model_args", self.model_args, f"no JSON: {error}") from error
         if not isinstance(arguments, dict):
             raise wrong("encoder.model_args", self.model_args, "a JSON object would be right")
+        if others := sorted(arguments.keys() & NOT_THE_MODELS):
+            raise wrong("encoder.model_args", self.model_args, f"without {others[0]}: weights are --backbone's")
         if not timm.is_model(self.name):
             try:
                 named(self.name)
@@ -80,6 +84,8 @@ def of_backbone(config: PretrainedConfig, backbone: str) -> PretrainedConfig:
         try:
             found = json.loads(config_file.read_text())
             name, arguments = str(found["architecture"]), found.get("model_args") or {}
+            if others := sorted(arguments.keys() & NOT_THE_MODELS):
+                raise ValueError(f"model_args has {others[0]}")
             attention = tuple(spelled(place, *one) for place, one in (found.get("attention") or {}).items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--backbone {config_file}: no configuration of timm's: {error}") from error

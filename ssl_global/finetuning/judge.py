@@ -13,6 +13,7 @@ from ssl_global.data.decode import BadImage, decode
 from ssl_global.data.masks import IGNORED, Masks
 from ssl_global.data.source import Source
 from ssl_global.data.views import normalise
+from ssl_global.errors import UserError
 from ssl_global.evaluation.features import extract, own_share, share_of_this_process
 from ssl_global.evaluation.judge import PRECISIONS
 from ssl_global.finetuning.metrics import Classified, Labelled, Segmented
@@ -52,6 +53,10 @@ class ClassJudge:
             batch=self.recipe.eval.batch, device=self.device, between=self.between,
         )  # fmt: skip
         encoder.train(training)
+        if not logits.x.isfinite().all():
+            raise UserError(
+                "the model's answers are not finite: lower optim.lr_per_256_images, or train in fp32 or bf16"
+            )
         assert logits.labels is not None
         if sets is not None:
             self.last = Labelled(num_classes=encoder.num_classes)

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from tiny_runs import EVERY, assert_bit_equal, finish, losses, start, tensors
 
+from ssl_global.data.source import open_source
 from ssl_global.encoders.pretrained import PretrainedConfig, load_all_but, of_backbone
 from ssl_global.errors import UserError
 from ssl_global.export import export, load
 from ssl_global.finetune import main
+from ssl_global.finetuning.judge import ClassJudge
 from ssl_global.recipe import Data
 from ssl_global.schedules import Progress
 from ssl_global.training import loop
@@ -346,6 +348,36 @@ def test_a_model_without_drop_path_is_built_where_none_is_asked_for():
     assert PretrainedConfig(name="densenet121").build(recipe).width == 1024
     with pytest.raises(UserError, match=r"encoder.drop_path = 0.1: densenet121 has none; 0 would be right"):
         PretrainedConfig(name="densenet121", drop_path=0.1).build(recipe)
+
+
+@pytest.mark.parametrize("name", ["pretrained", "checkpoint_path"])
+def test_a_strangers_arguments_read_no_other_files(tmp_path, name):
+    found = {
+        "architecture": "test_resnet",
+        "num_classes": 2,
+        "model_args": {name: "/etc/passwd"},
+        "attention": {"layer3": ["se", {}]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(UserError, match=f"model_args has {name}"):
+        of_backbone(PretrainedConfig(), str(tmp_path))
+    with pytest.raises(ValueError, match=f"model_args has {name}"):
+        load(tmp_path)
+    recipe = load_recipe("finetune", "demo")
+    recipe = replace(recipe, encoder=replace(recipe.encoder, model_args=json.dumps({name: True})))
+    with pytest.raises(UserError, match=f"encoder.model_args = .*: without {name}"):
+        recipe.check()
+
+
+def test_answers_that_are_not_finite_are_one_line(data):
+    method, recipe = classifier()
+    with torch.no_grad():
+        method.model.model.get_classifier().bias.fill_(float("nan"))
+    source = open_source(str(data["val"]))
+    judge = ClassJudge(recipe, source, source, torch.device("cpu"), lambda: None)
+    with pytest.raises(UserError, match="the model's answers are not finite"):
+        judge.evaluate(method.model, final=False)
 
 
 def test_a_segmenter_is_no_backbone(tmp_path):

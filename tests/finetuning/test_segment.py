@@ -15,7 +15,7 @@ from PIL import Image
 from recipes_under_test import load_recipe
 from tiny_runs import EVERY, assert_bit_equal, finish, losses, start, tensors
 
-from ssl_global.data.masks import Masks, cut_mask, decode_mask
+from ssl_global.data.masks import Masks, cut_mask, decode_mask, name_of
 from ssl_global.data.sample import built_in_shapes
 from ssl_global.data.source import open_source
 from ssl_global.data.views import Drawn
@@ -98,6 +98,20 @@ def test_masks_are_found_by_name_and_looked_at(data):
     assert [masks.place(index) for index in range(3)] == ["some/0.png", "some/1.png", "some/10.png"]
     assert masks.read(2).shape == (40, 51)
     assert set(np.unique(masks.read(0))) == {0, 1, 255}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("a/IMG.2024.1.jpg", "a/IMG.2024.1"),  # a folder's names may have dots
+        ("7.png", "7"),
+        ("train-000.tar/0007.seg.png", "0007"),  # webdataset's end at the first
+        ("b.tar/x/0007", "x/0007"),
+        ("a.b/7", "a.b/7"),
+    ],
+)
+def test_names_of_samples(key, name):
+    assert name_of(key) == name
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1"])
