@@ -17,6 +17,7 @@ from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import UserError
 from ssl_global.explain.maps import in_evaluation
 from ssl_global.explain.monitor import AttentionMonitor
+from ssl_global.explain.pictures import unnormalised
 from ssl_global.explain.reconstruction import reconstruction_sheet
 from ssl_global.explain.sheets import Shown, attention_sheet, colours_sheet, evenly, likeness_sheet, squares
 from ssl_global.methods.mae import Mae
@@ -41,7 +42,7 @@ class Gallery:
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device) -> None:
         self.recipe, self.source, self.device = recipe, source, device
-        self.shown: list[Shown] | None = None
+        self.shown: list[Shown] = []
         self.without: set[str] = set()  # pictures that there are not of this backbone
         self.said: set[str] = set()  # what was warned of at the last look: it is not said again
 
@@ -64,20 +65,21 @@ class Gallery:
         trained  whether warnings make sense: an untrained model attends uniformly
         """
         began, looked = time.perf_counter(), Looked()
-        if self.shown is None:
-            self.shown = squares(
-                self.source, evenly(self.source, self.recipe.explain.images), data=self.recipe.data,
-                pixels=encoder.pixels, device=self.device,
-            )  # fmt: skip
+        if not self.shown:
+            self.tried("image", lambda: self.read(encoder.pixels), looked)
         shown = self.shown
-        if self.attention_due(step, end=end):
+        if shown and self.attention_due(step, end=end):
             self.tried("attention figures", lambda: self.watch(encoder, shown, looked, trained), looked)
-        if self.pictures_due(step, end=end):
+        if shown and self.pictures_due(step, end=end):
             for name, draw in self.sheets(encoder, method, shown).items():
                 self.tried(name, partial(hang, looked, name, draw), looked)
         looked.seconds = time.perf_counter() - began
         looked.figures["explain_seconds"] = looked.seconds
         return looked
+
+    def read(self, pixels: int) -> None:
+        numbers = evenly(len(self.source), self.recipe.explain.images)
+        self.shown = squares(self.source, numbers, data=self.recipe.data, pixels=pixels, device=self.device)
 
     def sheets(
         self, encoder: Encoder, method: Method | None, shown: list[Shown]
@@ -113,9 +115,8 @@ class Gallery:
 
     def rebuilt(self, method: Mae, shown: list[Shown]) -> Image.Image:
         mean, std = self.recipe.data.normalisation
-        images = torch.cat([one.x for one in shown])
-        images = images * images.new_tensor(std)[:, None, None] + images.new_tensor(mean)[:, None, None]
-        return reconstruction_sheet(method, images.clamp(0, 1), mean=mean, std=std, side=128)
+        images = unnormalised(torch.cat([one.x for one in shown]), mean, std).clamp(0, 1)
+        return reconstruction_sheet(method, images, mean=mean, std=std, side=128)
 
 
 def hang(looked: Looked, name: str, draw: Callable[[], Image.Image]) -> None:

@@ -20,8 +20,9 @@ from ssl_global.errors import UserError
 from ssl_global.explain import gates, sections
 from ssl_global.explain.features import in_the_plane, neighbours_sheet, plane_picture
 from ssl_global.explain.page import Listing, Part, Picture, Section, write
+from ssl_global.explain.pictures import sheet, unnormalised
 from ssl_global.explain.places import network
-from ssl_global.explain.reconstruction import reconstruction_sheet
+from ssl_global.explain.reconstruction import HEAD, reconstruct
 from ssl_global.explain.sheets import (
     Shown,
     attention_sheet,
@@ -39,6 +40,7 @@ from ssl_global.methods.mae import Mae
 COMPARED = 400  # images whose summaries are compared, evenly spread over those given (ours)
 AT_ONCE = 32  # images (ours)
 NEIGHBOURS = 6  # of each image (ours)
+REBUILT_SIDE = 160  # pixels that a picture of an MAE is high (ours)
 RATIOS = (None, 0.5, 0.9)  # of patches that an MAE is hidden: its own, fewer, more; what its masking cannot do is left
 
 
@@ -85,7 +87,7 @@ def subtitle(subject: Subject, source: Source, shown: Sequence[Shown]) -> str:
 
 def looked_at(subject: Subject, source: Source, count: int, pixels: int | None, device: torch.device) -> list[Shown]:
     """Whole images where the backbone takes them, else their middle squares of its own size."""
-    numbers, side = evenly(source, count), pixels or subject.pixels
+    numbers, side = evenly(len(source), count), pixels or subject.pixels
     whole = wholes(source, numbers, data=subject.data, pixels=side, multiple=subject.multiple, device=device)
     try:
         with torch.no_grad():
@@ -103,8 +105,7 @@ def looked_at(subject: Subject, source: Source, count: int, pixels: int | None, 
 def parts_of(
     subject: Subject, source: Source, shown: Sequence[Shown], device: torch.device
 ) -> list[Callable[[], list[Section]]]:
-    model = subject.model
-    plain = network(model)
+    plain = network(subject.model)
 
     def looks() -> list[Section]:
         text = (
@@ -187,7 +188,7 @@ def section(title: str, text: str, drawn: Sequence[Part | str]) -> Section:
 
 
 def of_summaries(subject: Subject, source: Source, count: int, device: torch.device) -> list[Draw]:
-    numbers = evenly(source, COMPARED)
+    numbers = evenly(len(source), COMPARED)
     features: list[Tensor] = []
     kept: list[int] = []
     pictures: dict[int, Image.Image] = {}
@@ -200,7 +201,7 @@ def of_summaries(subject: Subject, source: Source, count: int, device: torch.dev
         if found:
             features.append(subject.summaries(torch.cat([by_name[source.key(n)].x for n in here])).cpu())
     features_ND = torch.cat(features)
-    queries = evenly_of(len(kept), count)
+    queries = evenly(len(kept), count)
     labels = None if source.labels is None else [int(source.labels[number]) for number in kept]
     names = [source.key(number) for number in kept]
     k = min(NEIGHBOURS, len(kept) - 1)
@@ -227,27 +228,14 @@ def rebuilt(subject: Subject, shown: Sequence[Shown]) -> Iterator[Draw]:
 
         def draw(ratio: float | None = ratio) -> Image.Image:
             rows = []
-            for one in shown:
-                image = one.x * one.x.new_tensor(std)[:, None, None] + one.x.new_tensor(mean)[:, None, None]
-                rows.append(reconstruction_sheet(method, image.clamp(0, 1), mean=mean, std=std, ratios=(ratio,)))
-            return stacked(rows)
+            for one in shown:  # one by one: they are of several sizes
+                image = unnormalised(one.x, mean, std).clamp(0, 1)
+                rows += reconstruct(method, image, mean=mean, std=std, ratio=ratio).rows()
+            return sheet(rows, side=REBUILT_SIDE, head=HEAD)
 
         yield ("As it was trained" if ratio is None else f"With {ratio:.0%} of the patches hidden", draw)
-
-
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    paper = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        paper.paste(picture, (0, top))
-        top += picture.height
-    return paper
 
 
 def batches(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
     for first in range(0, len(numbers), AT_ONCE):
         yield numbers[first : first + AT_ONCE]
-
-
-def evenly_of(total: int, count: int) -> list[int]:
-    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))})

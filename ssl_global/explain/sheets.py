@@ -39,9 +39,9 @@ class Shown:
     x: Tensor
 
 
-def evenly(source: Source, count: int) -> list[int]:
-    """Numbers of so many images, evenly spread over the source."""
-    return sorted(set(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int).tolist()))
+def evenly(total: int, count: int) -> list[int]:
+    """`count` of the numbers 0 to total - 1, or all if there are fewer, evenly spread from the first to the last."""
+    return sorted(set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()))
 
 
 def squares(source: Source, numbers: Sequence[int], *, data: Data, pixels: int, device: torch.device) -> list[Shown]:
@@ -99,7 +99,7 @@ def layers_sheet(model: nn.Module, shown: Sequence[Shown], *, side: int = 96) ->
     for one in shown:
         cells: list[Cell] = [(one.picture, "")]
         layers = looking_at_patches(model, one.x)
-        for number in np.linspace(0, len(layers) - 1, min(MOST_LAYERS, len(layers))).round().astype(int):
+        for number in evenly(len(layers), MOST_LAYERS):
             cells.append((over(one, layers[number].picture()[0].mean(0).cpu()), str(number)))
         rows.append(cells)
     return sheet(rows, side=side, head=["image", "first layer", *[""] * (len(rows[0]) - 3), "last"])

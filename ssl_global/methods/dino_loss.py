@@ -11,7 +11,7 @@ With z = student / temp, t[g] the teacher's probabilities and n(v) the number of
 
 since each t[g] sums to 1. So one walk over the logits makes both, a few images at a time, while they are in the
 processor's cache: nothing of the logits' size is kept but the gradient itself. Autograd would keep log-probabilities
-besides, and go over them five times. Figures: `python -m benchmarks loss`.
+besides. Figures: `python -m benchmarks loss`.
 """
 
 from typing import Any

@@ -199,9 +199,7 @@ def look_at(encoder: Encoder, run: Run, gallery: "Gallery", progress: Progress, 
     except OSError as error:
         looked.warnings.append(f"the pictures cannot be written: {error}")
     drawn = f", drew {', '.join(looked.pictures)}" if looked.pictures else ""
-    run.display.say(
-        f"step {run.state.step}: looked at {len(gallery.shown or [])} images in {looked.seconds:.1f} s{drawn}"
-    )
+    run.display.say(f"step {run.state.step}: looked at {len(gallery.shown)} images in {looked.seconds:.1f} s{drawn}")
     for warning in looked.warnings:
         run.display.warn(warning)
 

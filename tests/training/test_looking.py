@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TINY, arguments, assert_bit_equal, finish, losses, metrics, start, tensors
 
 from ssl_global.data.source import open_source
+from ssl_global.errors import UserError
 from ssl_global.explain.gallery import Gallery
 from ssl_global.explain.monitor import AttentionMonitor
 from ssl_global.methods.method import Method
@@ -151,6 +152,26 @@ def test_the_others_wait_for_the_pictures(tmp_path, photographs):
     code, _, error = finish(start(words, script=script))
     assert code == 0, error
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_images_that_cannot_be_had_end_no_run(photographs):
+    """As of a shard that changed since it was opened: said once, and nothing is looked at."""
+    from ssl_global.data.source import open_source
+
+    recipe = load_recipe("dino", "demo")
+    source = open_source(str(photographs))
+
+    def changed(index):
+        raise UserError("it changed while it was read")
+
+    source.read = changed
+    gallery = Gallery(recipe, source, torch.device("cpu"))
+    method = recipe.method.build(recipe)
+    encoder = next(iter(method.backbones().values()))
+    first, second = (gallery.look(encoder, method, step, end=True, trained=True) for step in (1, 2))
+    assert first.warnings == ["no image is shown: it changed while it was read"]
+    assert second.warnings == []
+    assert first.pictures == second.pictures == {}
 
 
 def test_a_compiled_backbone_is_looked_at_in_a_copy():
