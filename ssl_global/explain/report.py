@@ -228,9 +228,9 @@ def rebuilt(subject: Subject, shown: Sequence[Shown]) -> Iterator[Draw]:
 
         def draw(ratio: float | None = ratio) -> Image.Image:
             rows = []
-            for one in shown:  # one by one: they are of several sizes
+            for seed, one in enumerate(shown):  # one by one: they are of several sizes
                 image = unnormalised(one.x, mean, std).clamp(0, 1)
-                rows += reconstruct(method, image, mean=mean, std=std, ratio=ratio).rows()
+                rows += reconstruct(method, image, mean=mean, std=std, ratio=ratio, seed=seed).rows()
             return sheet(rows, side=REBUILT_SIDE, head=HEAD)
 
         yield ("As it was trained" if ratio is None else f"With {ratio:.0%} of the patches hidden", draw)
