@@ -179,6 +179,10 @@ class MethodConfig:
     def check_durations(self, epochs: float) -> None:
         """Refuses a warm-up or the like that outlasts the run; `epochs` is the run's length."""
 
+    def splits_views(self) -> bool:
+        """Whether the loss is a sum over views, so that each can have a backward pass of its own."""
+        return False
+
     def images_together(self) -> int:
         """How many images of a batch must not be parted from each other: a process takes multiples of it."""
         return 1
@@ -223,6 +227,7 @@ class Train:
     micro_batch: int | None = None  # images that a process takes at once, at most; accumulation does the rest
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay in float32
     compile: bool = False  # torch.compile each transformer block
+    split_views: bool = False  # a backward pass for each view: less memory, the same gradient; only DINO
     recompute_activations: bool = False  # keep none of the blocks' activations: less memory, about a third slower
     max_bad_steps: int = 10  # steps in a row without a finite loss and gradient; one more stops the run
 
@@ -339,6 +344,8 @@ class Recipe:
             part.check()
         self.encoder.check(self)
         self.method.check(self)
+        if self.train.split_views and not self.method.splits_views():
+            raise wrong("train.split_views", True, "False: this method's loss is not a sum over views")
         if self.train.epochs is not None:
             self.check_durations(self.train.epochs)
 
@@ -358,6 +365,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "train.micro_batch",
         "train.compile",
         "train.recompute_activations",
+        "train.split_views",
         "train.max_bad_steps",
         "eval.every",
         "eval.batch",

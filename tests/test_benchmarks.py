@@ -22,6 +22,7 @@ SMALL = {
     "reach": ["--small", "--seeds", "1"],
     "shuffle": ["--shards", "9"],
     "soak": ["--samples", "3000"],
+    "step": ["--recipe", "dino", "--small", "--images", "2", "--rounds", "1"],
     "swin": ["--small", "--rounds", "1"],
 }
 

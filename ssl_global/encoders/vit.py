@@ -1,7 +1,8 @@
 """Any plain ViT of timm as an encoder (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929).
 
 The model is timm's own, so its attention is the fused one and its weights need no conversion. What is added is
-`encode(images, hidden)`: hidden patches are dropped after the positions are added and never enter a block, as in MAE.
+`encode(images, hidden)`: hidden patches never enter a block, as in MAE, and are not embedded either: of a whole image
+timm's convolution is used, of visible patches the same products as one matrix product.
 
 Class token, registers and pooling are the named model's; `pool` chooses what stands for the whole image.
 """
@@ -13,11 +14,14 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens, visible_index
+from ssl_global.encoders.hiding import fit
 from ssl_global.encoders.positions import sincos_positions
 from ssl_global.errors import wrong
 from ssl_global.recipe import EncoderConfig, Recipe, in_range
@@ -120,6 +124,7 @@ class Vit(Encoder):
         self.pixels, self.channels = pixels, channels
         self.width = self.first_width = self.model.embed_dim
         self.patch = self.model.patch_embed.patch_size[0]
+        self.num_globals = self.model.num_prefix_tokens
         self.recompute = False
         if config.positions == "sincos":
             fix_positions(self.model)
@@ -133,23 +138,43 @@ class Vit(Encoder):
         replaced: Tensor | None = None,
         token: Tensor | None = None,
     ) -> Tokens:
-        x = self.model.patch_embed(images)  # (B, rows, cols, D): the grid is still there
-        grid = (x.shape[1], x.shape[2])
-        if replaced is not None:
-            assert token is not None
-            x = replace_tokens(x, replaced, token)
-        x = self.model._pos_embed(x)  # (B, prefix + rows * cols, D)
-        num_prefix = self.model.num_prefix_tokens
+        grid = (-(-images.shape[2] // self.patch), -(-images.shape[3] // self.patch))
         visible_BN = None if hidden is None else visible_index(hidden, num_hidden)
-        if visible_BN is not None:
-            patches = x[:, num_prefix:].gather(1, visible_BN[:, :, None].expand(-1, -1, x.shape[2]))
-            x = torch.cat([x[:, :num_prefix], patches], dim=1)
+        if visible_BN is None:
+            x = self.model.patch_embed(images)  # (B, rows, cols, D)
+            if replaced is not None:
+                assert token is not None
+                x = replace_tokens(x, replaced, token)
+            x = self.model._pos_embed(x)  # (B, prefix + rows * cols, D)
+        else:
+            patches = self.embed(images, visible_BN, grid)
+            if replaced is not None:
+                assert token is not None
+                is_replaced = replaced.flatten(1).gather(1, visible_BN)
+                patches = torch.where(is_replaced[:, :, None], token.to(patches.dtype), patches)
+            x = self.place(patches, visible_BN, grid)
         x = self.model.norm_pre(x)
         recompute = self.recompute and torch.is_grad_enabled()
         x = checkpoint_seq(self.model.blocks, x) if recompute else self.model.blocks(x)
         x = self.model.norm(x)
         places = None if visible_BN is None else visible_BN[:, :, None]
-        return Tokens(summary=self.model.pool(x), patches=x[:, num_prefix:], grid=grid, places=places)
+        tokens, patches = x.tensor_split([self.num_globals], dim=1)
+        return Tokens(summary=self.model.pool(x), patches=patches, grid=grid, places=places, globals=tokens)
+
+    def embed(self, images: Tensor, visible_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the patch embedding makes of the visible patches, and of no others: (B, N, D)."""
+        embedding, side = self.model.patch_embed, self.patch
+        whole = fit(images, grid[0] * side, grid[1] * side)
+        patches = rearrange(whole, "b c (r p) (s q) -> b (r s) (c p q)", p=side, q=side)
+        visible = patches.gather(1, visible_BN[:, :, None].expand(-1, -1, patches.shape[2]))
+        embedded: Tensor = embedding.norm(F.linear(visible, embedding.proj.weight.flatten(1), embedding.proj.bias))
+        return embedded
+
+    def place(self, patches: Tensor, visible_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+        """With their positions, behind the tokens that have no place."""
+        nothing = self.model.patch_embed.proj.weight.new_zeros(1, *grid, self.width)
+        prefix, positions = self.model._pos_embed(nothing).tensor_split([self.num_globals], dim=1)
+        return torch.cat([prefix.expand(len(patches), -1, -1), patches + F.embedding(visible_BN, positions[0])], dim=1)
 
     def recompute_activations(self) -> None:
         self.recompute = True

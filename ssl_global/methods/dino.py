@@ -71,6 +71,9 @@ class DinoConfig(MethodConfig):
                 "views.globals.count", recipe.views.globals.count, "DINO compares views: at least 2 of each image"
             )
 
+    def splits_views(self) -> bool:
+        return True
+
     def check_durations(self, epochs: float) -> None:
         not_longer_than_run("method.teacher_temp_warmup_epochs", self.teacher_temp_warmup_epochs, epochs)
         not_longer_than_run("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, epochs)
@@ -78,14 +81,25 @@ class DinoConfig(MethodConfig):
     def build(self, recipe: Recipe) -> "Dino":
         student = recipe.encoder.build(recipe)
         teacher = replace(recipe.encoder, drop_path=0.0).build(recipe)  # the teacher sees with all its blocks
-        return Dino(self, student, teacher, num_global_views=recipe.views.globals.count)
+        num_global = recipe.views.globals.count
+        return Dino(self, student, teacher, num_global_views=num_global, split_views=recipe.train.split_views)
 
 
 class Dino(Method):
-    def __init__(self, config: DinoConfig, student: Encoder, teacher: Encoder, *, num_global_views: int) -> None:
+    def __init__(
+        self,
+        config: DinoConfig,
+        student: Encoder,
+        teacher: Encoder,
+        *,
+        num_global_views: int,
+        split_views: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_global_views = num_global_views
+        self.split_views = split_views
+        self.targets: Targets | None = None  # what the teacher says, while pieces of a batch are looked at
         self.student = Distiller(student, config)
         self.teacher = Distiller(teacher, config)
         follow(self.teacher, self.student)
@@ -96,34 +110,58 @@ class Dino(Method):
         return [self.centre] if self.region_centre is None else [self.centre, self.region_centre]
 
     def begin_step(self, progress: Progress) -> None:
+        self.targets = None
         for centre in self.centres():
             centre.begin_step()
 
-    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        views, num_global, config = batch["views"], self.num_global_views, self.config
-        temp = linear(*config.teacher_temp, share_of(progress.epoch, config.teacher_temp_warmup_epochs))
-        with torch.no_grad():
-            teacher = self.teacher(views[:num_global])
-            log_p = log_probabilities(teacher.logits, self.centre, temp)
-            p = log_p.exp()
-            entropy = -torch.dot(p.flatten(), log_p.flatten()) / len(p)
-            teacher_GBK = p.unflatten(0, (num_global, -1))
-        student = self.student(views)
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """With split_views, each global view by itself, then the local ones: together they have fewer pixels."""
+        num_views, num_global = len(batch["views"]), self.num_global_views
+        if not self.split_views:
+            return [batch]
+        ranges = [*(range(g, g + 1) for g in range(num_global)), range(num_global, num_views)]
+        return [{**batch, "student_views": views} for views in ranges if views]
 
-        student_VBK = student.logits.unflatten(0, (len(views), -1))
-        loss = dino_loss(student_VBK, teacher_GBK, student_temp=config.student_temp)
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        views, config = batch["views"], self.config
+        seen = batch.get("student_views", range(len(views)))
+        if self.targets is None:
+            self.targets = self.ask_teacher(views[: self.num_global_views], progress)
+            entropy = self.targets.entropy
+        else:
+            entropy = torch.zeros_like(self.targets.entropy)  # the first piece has told of it
+        targets = self.targets
+        student = self.student([views[v] for v in seen])
+        if seen.stop == len(views):
+            self.targets = None
+
+        student_VBK = student.logits.unflatten(0, (len(seen), -1))
+        temp, first, num_views = config.student_temp, seen.start, len(views)
+        loss = dino_loss(student_VBK, targets.probabilities, student_temp=temp, first=first, num_views=num_views)
         figures = {
             "teacher_entropy_share": entropy / math.log(config.prototypes),
             "teacher_kl": loss.detach()
             - entropy,  # of the student from the teacher: what the student could still learn
         }
-        if self.region_centre is not None:
-            with torch.no_grad():
-                targets = [log_probabilities(x, self.region_centre, temp).exp() for x in teacher.region_logits]
-            by_region = region_loss(student, replace(teacher, region_logits=targets), student_temp=config.student_temp)
+        if targets.regions is not None:
+            by_region = region_loss(student, targets.regions, student_temp=temp, first=first, num_views=num_views)
             figures |= {"view_loss": loss.detach(), "region_loss": by_region.detach()}
             loss = (loss + by_region) / 2
         return {"loss": loss, **figures}
+
+    @torch.no_grad()
+    def ask_teacher(self, views: list[Tensor], progress: Progress) -> "Targets":
+        config = self.config
+        temp = linear(*config.teacher_temp, share_of(progress.epoch, config.teacher_temp_warmup_epochs))
+        said = self.teacher(views)
+        log_p = log_probabilities(said.logits, self.centre, temp)
+        p = log_p.exp()
+        entropy = -torch.dot(p.flatten(), log_p.flatten()) / len(p)
+        regions = None
+        if self.region_centre is not None:
+            of_regions = [log_probabilities(x, self.region_centre, temp).exp() for x in said.region_logits]
+            regions = replace(said, region_logits=of_regions)
+        return Targets(p.unflatten(0, (len(views), -1)), entropy, regions)
 
     def gradients_done(self, progress: Progress) -> None:
         if progress.epoch < self.config.freeze_prototypes_epochs:
@@ -146,6 +184,15 @@ class Said:
     logits: Tensor  # (V * B, K), view by view
     patches: list[Tensor]  # of each view (B, N, D); none without a region loss
     region_logits: list[Tensor]  # of each view (B, N, K); none without a region loss
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student is to foretell of a batch; no gradient."""
+
+    probabilities: Tensor  # (G, B, K)
+    entropy: Tensor  # 0-d, their mean's, in nats
+    regions: Said | None  # of each region, probabilities in the logits' place; None without a region loss
 
 
 class Distiller(nn.Module):
@@ -183,7 +230,9 @@ def log_probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
-def region_loss(student: Said, teacher: Said, *, student_temp: float) -> Tensor:
+def region_loss(
+    student: Said, teacher: Said, *, student_temp: float, first: int = 0, num_views: int | None = None
+) -> Tensor:
     """Mean cross-entropy, in nats, of each region of a student's view under the teacher's region that is most like it.
 
     Li et al. 2021, "EsViT", https://arxiv.org/abs/2106.09785, equations 3 and 4. Regions are the encoder's patches;
@@ -191,6 +240,7 @@ def region_loss(student: Said, teacher: Said, *, student_temp: float) -> Tensor:
 
     student   region_logits raw, of V views; the first G are those that the teacher saw
     teacher   region_logits are probabilities here, of G views; no gradient
+    first     which view the student's first one is, where it saw some of `num_views`: as in `dino_loss`
 
     Returns a float32 scalar. Raises ValueError for a single view. Slowly:
 
@@ -205,21 +255,21 @@ def region_loss(student: Said, teacher: Said, *, student_temp: float) -> Tensor:
                     pairs += 1
         return total / pairs
     """
-    num_global, num_views = len(teacher.region_logits), len(student.region_logits)
+    num_global, num_views = len(teacher.region_logits), num_views or len(student.region_logits)
     if num_views < 2:
         raise ValueError(f"DINO compares different views of an image; got {num_views}")
     losses = []
     with torch.autocast(student.logits.device.type, enabled=False):
-        for v in range(num_views):
-            logits_BNK = student.region_logits[v].float() / student_temp
+        for row, logits in enumerate(student.region_logits):
+            logits_BNK = logits.float() / student_temp
             log_sum_BN = logits_BNK.logsumexp(-1)
-            for g in set(range(num_global)) - {v}:
+            for g in set(range(num_global)) - {first + row}:
                 with torch.no_grad():
-                    alike_BNM = F.normalize(student.patches[v].float(), dim=-1) @ F.normalize(
+                    alike_BNM = F.normalize(student.patches[row].float(), dim=-1) @ F.normalize(
                         teacher.patches[g].float(), dim=-1
                     ).transpose(1, 2)
                     nearest_BN = alike_BNM.argmax(-1)
                 # A row of probabilities sums to 1: the products with all regions are smaller than the rows themselves.
                 products_BNM = logits_BNK @ teacher.region_logits[g].transpose(1, 2)
                 losses.append((log_sum_BN - products_BNM.gather(2, nearest_BN[..., None])[..., 0]).mean())
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum() / (num_global * (num_views - 1))

@@ -25,12 +25,16 @@ AT_ONCE = {"cpu": 2**18}
 AT_ONCE_ELSEWHERE = 2**26
 
 
-def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) -> Tensor:
+def dino_loss(
+    student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float, first: int = 0, num_views: int | None = None
+) -> Tensor:
     """Mean cross-entropy, in nats, of the teacher's view g under the student's view v, over all g != v.
 
     student_VBK   raw logits; rows 0..G-1 are of the global views that the teacher saw
     teacher_GBK   probabilities, centred and sharpened already: each sums to 1 over K; no gradient
     student_temp  the paper's tau_s; above 0
+    first         which view the first row is of, where they are some of `num_views`: then the loss is what these views
+                  add to the whole, so that parts of it, each with its own backward, add up
 
     Returns a float32 scalar, whatever the inputs' precision. Raises ValueError for a single view. Slowly:
 
@@ -42,16 +46,19 @@ def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, *, student_temp: float) 
                     pairs += 1
         return total / pairs
     """
-    if len(student_VBK) < 2:
-        raise ValueError(f"DINO compares different views of an image; got {len(student_VBK)}")
-    loss: Tensor = CrossEntropies.apply(student_VBK, teacher_GBK, student_temp)
+    num_views = num_views or len(student_VBK)
+    if num_views < 2:
+        raise ValueError(f"DINO compares different views of an image; got {num_views}")
+    loss: Tensor = CrossEntropies.apply(student_VBK, teacher_GBK, student_temp, first, num_views)
     return loss
 
 
 class CrossEntropies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_VBK: Tensor, teacher_GBK: Tensor, temp: float) -> Tensor:
-        num_views, num_images, num_prototypes = student_VBK.shape
+    def forward(
+        ctx: Any, student_VBK: Tensor, teacher_GBK: Tensor, temp: float, first_view: int, num_views: int
+    ) -> Tensor:
+        num_rows, num_images, num_prototypes = student_VBK.shape
         num_global = len(teacher_GBK)
         terms = num_images * (num_global * num_views - num_global)
         gradient = torch.empty_like(student_VBK) if ctx.needs_input_grad[0] else None
@@ -62,23 +69,24 @@ class CrossEntropies(torch.autograd.Function):
                 some = slice(first, first + at_once)
                 teacher_GbK = teacher_GBK[:, some].float()
                 of_all_bK = teacher_GbK.sum(0)
-                for v in range(num_views):
+                for row in range(num_rows):
+                    v = first_view + row
                     # Not of_all - teacher[v]: what is left of a small number beside a large one would be rounding.
                     others = [teacher_bK for g, teacher_bK in enumerate(teacher_GbK) if g != v]
                     target_bK = of_all_bK if v >= num_global else sum(others, torch.zeros_like(of_all_bK))
-                    z_bK = student_VBK[v, some].float() / temp
+                    z_bK = student_VBK[row, some].float() / temp
                     log_sum_b1 = z_bK.logsumexp(-1, keepdim=True)
                     total += len(others) * log_sum_b1.sum() - torch.dot(target_bK.flatten(), z_bK.flatten())
                     if gradient is not None:
                         p_bK = z_bK.sub_(log_sum_b1).exp_()
-                        gradient[v, some] = p_bK.mul_(len(others)).sub_(target_bK).mul_(1 / (temp * terms))
+                        gradient[row, some] = p_bK.mul_(len(others)).sub_(target_bK).mul_(1 / (temp * terms))
         ctx.gradient = gradient
         return total / terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it is as large as all logits
         if gradient is None:
             raise RuntimeError("dino_loss: its gradient was asked for twice, and is kept for one time only")
-        return gradient.mul_(of_loss), None, None
+        return gradient.mul_(of_loss), None, None, None, None

@@ -8,7 +8,8 @@ Letters, in this file only:
     M  patches that are hidden    W  the decoder's width
 
 The encoder sees the visible patches only. The decoder gets them back in their places, with a learned token in each
-hidden place, and foretells the pixels of the hidden patches, each normalised by its own mean and deviation.
+hidden place, and foretells the pixels of the hidden patches, each normalised by its own mean and deviation. Of visible
+patches nothing is foretold: their pixels count for nothing, and leaving them out changes no result.
 
 Three maskings, for a ViT and for a pyramid (what a pyramid's windows then are: attention/windows.py):
 
@@ -25,20 +26,24 @@ H x W that the patch divides and any number of channels work.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_global.encoders.encoder import Encoder, Tokens
+from ssl_global.encoders.encoder import Encoder, Tokens, visible_index
 from ssl_global.encoders.positions import sincos_positions
 from ssl_global.errors import wrong
 from ssl_global.methods.masking import num_hidden, random_hidden, some_of, uniform_hidden
 from ssl_global.methods.method import Batch, Method
 from ssl_global.recipe import MethodConfig, Recipe
 from ssl_global.schedules import Progress
+
+NORM: Any = partial(nn.LayerNorm, eps=1e-6)  # the authors'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,7 @@ class Mask:
     num_hidden: int
     replaced: Tensor | None  # bool (B, rows, cols): a learned token stands there
     unseen: Tensor  # bool (B, rows, cols): either
+    num_unseen: int  # of them in each image
 
 
 class Mae(Method):
@@ -132,8 +138,11 @@ class Mae(Method):
         grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
         mask = draw(self.config, batch["seed"], grid)
         tokens = self.encoder(images, mask.hidden, num_hidden=mask.num_hidden, replaced=mask.replaced, token=self.token)
+        patches_BNP = patchify(images, self.patch)
+        unseen_BM = visible_index(~mask.unseen, patches_BNP.shape[1] - mask.num_unseen)
+        true_BMP = patches_BNP.gather(1, unseen_BM[:, :, None].expand(-1, -1, patches_BNP.shape[2]))
         loss = l1_loss if self.config.masking == "dense" else mae_loss
-        return {"loss": loss(self.decoder(tokens), patchify(images, self.patch), mask.unseen.flatten(1))}
+        return {"loss": loss(self.decoder(tokens, of=unseen_BM), true_BMP)}
 
     def backbones(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}
@@ -144,21 +153,23 @@ def draw(config: MaeConfig, seeds_B: Tensor, grid: tuple[int, int]) -> Mask:
     if config.masking == "uniform":
         hidden = uniform_hidden(seeds_B, grid)
         num_visible = -(-grid[0] // 2) * -(-grid[1] // 2)
+        num_dropped, num_replaced = num_patches - num_visible, int(num_visible * config.secondary_ratio)
         if not config.secondary_ratio:
-            return Mask(hidden, num_patches - num_visible, None, hidden)
-        replaced = some_of(~hidden.flatten(1), seeds_B, int(num_visible * config.secondary_ratio)).view(hidden.shape)
-        return Mask(hidden, num_patches - num_visible, replaced, hidden | replaced)
-    unseen = random_hidden(seeds_B, grid, config.mask_ratio)
+            return Mask(hidden, num_dropped, None, hidden, num_dropped)
+        replaced = some_of(~hidden.flatten(1), seeds_B, num_replaced).view(hidden.shape)
+        return Mask(hidden, num_dropped, replaced, hidden | replaced, num_dropped + num_replaced)
+    unseen, num_unseen = random_hidden(seeds_B, grid, config.mask_ratio), num_hidden(num_patches, config.mask_ratio)
     if config.masking == "dense":
-        return Mask(None, 0, unseen, unseen)
-    return Mask(unseen, num_hidden(num_patches, config.mask_ratio), None, unseen)
+        return Mask(None, 0, unseen, unseen, num_unseen)
+    return Mask(unseen, num_unseen, None, unseen, num_unseen)
 
 
 class Decoder(nn.Module):
-    """Visible tokens to the pixels of all patches: (B, N, P).
+    """Visible tokens to the pixels of the patches at the places `of`, int64 (B, M), or of all: (B, M, P).
 
     A token of a pyramid's last stage stands for K patches, a ViT's for one: it is made into K tokens of the decoder,
-    which then go where those patches lie. An encoder's global tokens take part in the attention.
+    which then go where those patches lie. An encoder's tokens without a place (class token, registers, global tokens)
+    take part in the attention, embedded as patches are where K is 1, as in the paper.
     """
 
     def __init__(self, config: MaeConfig, encoder: Encoder, patch: int) -> None:
@@ -166,19 +177,18 @@ class Decoder(nn.Module):
         width = config.decoder_width
         self.patches_each = (encoder.patch // patch) ** 2  # K
         self.embed = nn.Linear(encoder.width, self.patches_each * width)
-        self.embed_globals = nn.Linear(encoder.width, width) if encoder.num_globals else None
+        self.embed_globals: nn.Linear | None = None
+        if encoder.num_globals and self.patches_each > 1:
+            self.embed_globals = nn.Linear(encoder.width, width)
         self.hidden_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.Sequential(
-            *[
-                Block(width, config.decoder_heads, qkv_bias=True, norm_layer=nn.LayerNorm)
-                for _ in range(config.decoder_depth)
-            ]
+            *[Block(width, config.decoder_heads, qkv_bias=True, norm_layer=NORM) for _ in range(config.decoder_depth)]
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = NORM(width)
         self.predict = nn.Linear(width, patch**2 * encoder.channels)
         nn.init.normal_(self.hidden_token, std=0.02)
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def forward(self, tokens: Tokens, of: Tensor | None = None) -> Tensor:
         assert tokens.places is not None
         rows, cols = tokens.grid
         visible_BNW = rearrange(self.embed(tokens.patches), "b n (k w) -> b (n k) w", k=self.patches_each)
@@ -186,22 +196,32 @@ class Decoder(nn.Module):
         # One place more, for what lies beyond the edge.
         places_BNW = self.hidden_token.to(visible_BNW.dtype).expand(len(visible_BNW), rows * cols + 1, -1)
         x = places_BNW.scatter(1, index, visible_BNW)[:, :-1]
-        x = x + sincos_positions(tokens.grid, x.shape[2]).to(x)
-        if self.embed_globals is None:
-            return self.predict(self.norm(self.blocks(x)))
-        x = self.blocks(torch.cat([self.embed_globals(tokens.globals), x], dim=1))
-        return self.predict(self.norm(x[:, -rows * cols :]))
+        x = x + positions(tokens.grid, x.shape[2], x.device).to(x.dtype)
+        if tokens.globals is not None:
+            embed = self.embed_globals or self.embed
+            x = torch.cat([embed(tokens.globals), x], dim=1)
+        x = self.blocks(x)[:, -rows * cols :]
+        if of is not None:
+            x = x.gather(1, of[:, :, None].expand(-1, -1, x.shape[2]))
+        return self.predict(self.norm(x))
+
+
+@lru_cache(maxsize=8)
+def positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Made once: a copy to the device in every step would wait for it."""
+    return sincos_positions(grid, width).to(device)
 
 
 class LinearDecoder(nn.Module):
-    """One layer from each token of the whole image to its pixels (Xie et al. 2021, section 3.3): (B, N, P)."""
+    """One layer from a token of the whole image to its pixels (Xie et al. 2021, section 3.3): (B, M, P)."""
 
     def __init__(self, encoder: Encoder, patch: int) -> None:
         super().__init__()
         self.predict = nn.Linear(encoder.width, patch**2 * encoder.channels)
 
-    def forward(self, tokens: Tokens) -> Tensor:
-        return self.predict(tokens.patches)
+    def forward(self, tokens: Tokens, of: Tensor | None = None) -> Tensor:
+        x = tokens.patches
+        return self.predict(x if of is None else x.gather(1, of[:, :, None].expand(-1, -1, x.shape[2])))
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -209,43 +229,38 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (r p) (s q) -> b (r s) (p q c)", p=patch, q=patch)
 
 
-def mae_loss(rebuilt_BNP: Tensor, patches_BNP: Tensor, hidden_BN: Tensor) -> Tensor:
+def mae_loss(rebuilt_BMP: Tensor, patches_BMP: Tensor) -> Tensor:
     """Mean squared error of the hidden patches, against pixels normalised within each patch (section 4, "norm pix").
 
-    rebuilt_BNP  what the decoder foretells, any precision
-    patches_BNP  the true patches; each is normalised here, with its mean and its unbiased variance + 1e-6
-    hidden_BN    bool, True = the encoder did not see it; equally many in each image
+    rebuilt_BMP  what the decoder foretells of them, any precision
+    patches_BMP  the true ones; each is normalised here, with its mean and its unbiased variance + 1e-6
 
     Returns a float32 scalar, 0 or more. Slowly:
 
         total = 0
-        for each image b and each hidden patch n of it:
+        for each image b and each hidden patch m of it:
             want = (patch - patch.mean()) / sqrt(patch.var() + 1e-6)
-            total += mean over P of (rebuilt[b, n] - want)^2
+            total += mean over P of (rebuilt[b, m] - want)^2
         return total / number of hidden patches
     """
-    with torch.autocast(rebuilt_BNP.device.type, enabled=False):
-        patches_BNP = patches_BNP.float()
-        mean = patches_BNP.mean(dim=-1, keepdim=True)
-        var = patches_BNP.var(dim=-1, keepdim=True)
-        want_BNP = (patches_BNP - mean) / (var + 1e-6).sqrt()
-        error_BN = (rebuilt_BNP.float() - want_BNP).square().mean(dim=-1)
-        return (error_BN * hidden_BN).sum() / hidden_BN.sum()
+    with torch.autocast(rebuilt_BMP.device.type, enabled=False):
+        var, mean = torch.var_mean(patches_BMP.float(), dim=-1, keepdim=True)
+        want_BMP = (patches_BMP.float() - mean) / (var + 1e-6).sqrt()
+        return F.mse_loss(rebuilt_BMP.float(), want_BMP)
 
 
-def l1_loss(rebuilt_BNP: Tensor, patches_BNP: Tensor, hidden_BN: Tensor) -> Tensor:
+def l1_loss(rebuilt_BMP: Tensor, patches_BMP: Tensor) -> Tensor:
     """Mean absolute error of the hidden patches' pixels, as they are (Xie et al. 2021, section 3.4).
 
     As `mae_loss`, but for its target. Slowly:
 
         total = 0
-        for each image b and each hidden patch n of it:
-            total += mean over P of |rebuilt[b, n] - patch|
+        for each image b and each hidden patch m of it:
+            total += mean over P of |rebuilt[b, m] - patch|
         return total / number of hidden patches
     """
-    with torch.autocast(rebuilt_BNP.device.type, enabled=False):
-        error_BN = (rebuilt_BNP.float() - patches_BNP.float()).abs().mean(dim=-1)
-        return (error_BN * hidden_BN).sum() / hidden_BN.sum()
+    with torch.autocast(rebuilt_BMP.device.type, enabled=False):
+        return F.l1_loss(rebuilt_BMP.float(), patches_BMP.float())
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What the loop asks of every method, and nothing more: the loop knows no teacher, no mask and no label."""
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class Batch(TypedDict):
     key: list[str]  # names of the samples
     label: Tensor  # int64 (B,); -1 where there is none
     mask: Tensor | None  # int64 (B, H, W), a class for each pixel of the first view, 255: does not count
+    student_views: NotRequired[range]  # of a piece of a batch: those of `views` that the student looks at
 
 
 class ParameterGroup(TypedDict):
@@ -33,13 +34,18 @@ class ParameterGroup(TypedDict):
 class Method(nn.Module):
     """Owns all that is learnt or averaged: encoders, heads, centre. One module, since Accelerate prepares one.
 
-    In a step the loop calls begin_step, then forward (once, or once for each part of the batch) with backward,
-    gradients_done, and after the optimizer after_step. A step whose loss or gradient is not finite ends before
-    after_step: whatever forward has kept of it must be dropped by the next begin_step.
+    In a step the loop calls begin_step, then forward (once, or once for each piece of each part of the batch) with
+    backward, gradients_done, and after the optimizer after_step. A step whose loss or gradient is not finite ends
+    before after_step: whatever forward has kept of it must be dropped by the next begin_step.
     """
 
     def begin_step(self, progress: Progress) -> None:
         """Before the first forward of an optimizer step."""
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """The batch in pieces that go through forward and backward one by one, for less memory: losses and figures of
+        the pieces add up to the batch's."""
+        return [batch]
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """{"loss": 0-d float32, the mean over the batch; ...}: other entries are 0-d figures to show."""

@@ -121,7 +121,9 @@ def clip(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_norm: 
     """
     accelerator.unscale_gradients()
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(learning, float("inf") if clip_norm is None else clip_norm)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(learning, clip_norm, norm)
     return whole(norm).to(accelerator.device)
 
 

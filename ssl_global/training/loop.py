@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from ssl_global.data.loader import to_device
 from ssl_global.data.masks import Masks
 from ssl_global.data.randomness import STEP, stream
 from ssl_global.encoders.encoder import Encoder
-from ssl_global.methods.method import Method
+from ssl_global.methods.method import Batch, Method
 from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.checkpoint import RunState, Writer
@@ -101,17 +101,18 @@ def train(run: Run) -> Ending:
                 loaded = next(run.batches)
             watch.at(state.step, "forward and backward")
             run.bad_samples.see(loaded["bad"], loaded["lost"])
-            last = part == plan.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-                batch = to_device(loaded, recipe, accelerator.device)
-                with precision(accelerator, recipe):
-                    output = run.model(batch, progress)
-                accelerator.backward(output["loss"] / plan.accumulate)
-            outputs.append({name: value.detach() for name, value in output.items()})
+            pieces: list[Any] = method.pieces(cast(Batch, to_device(loaded, recipe, accelerator.device)))
+            for number, batch in enumerate(pieces, start=1):
+                last = (part, number) == (plan.accumulate - 1, len(pieces))
+                with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+                    with precision(accelerator, recipe):
+                        output = run.model(batch, progress)
+                    accelerator.backward(output["loss"] / plan.accumulate)
+                outputs.append({name: value.detach() for name, value in output.items()})
         method.gradients_done(progress)
         gradient_norm = clip(accelerator, run.optimizer, recipe.optim.clip_norm)
         watch.at(state.step, "agreeing")
-        figures = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
+        figures = {name: torch.stack([o[name] for o in outputs]).sum() / plan.accumulate for name in outputs[0]}
         agreed = agree(
             figures["loss"], gradient_norm, stop=run.signals.received is not None, bad_samples=run.bad_samples.to_share
         )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
+from ssl_global.methods import heads
 from ssl_global.methods.dino import Said, region_loss
 from ssl_global.methods.dino_loss import AT_ONCE, dino_loss
 from ssl_global.schedules import Progress
@@ -169,6 +170,66 @@ def test_parts_of_a_batch_add_up_to_the_whole(way):
         torch.testing.assert_close(mine.value, theirs.value)
     for mine, theirs in zip(whole.student.parameters(), parted.student.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_by_view_add_up_to_the_whole(way):
+    """Loss, every figure, gradient and centre: all views in one backward pass, or in three."""
+    whole, split, views = build(**WAYS[way]), build(**WAYS[way]), batch(4)
+    split.split_views = True
+    for model in (whole, split):
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.centre.value, std=0.1)
+        model.begin_step(LATER)
+    at_once = whole(views, LATER)
+    at_once["loss"].backward()
+    found = []
+    pieces = split.pieces(views)
+    assert [list(piece["student_views"]) for piece in pieces] == [[0], [1], [2, 3, 4, 5]]
+    for piece in pieces:
+        found.append(split(piece, LATER))
+        found[-1]["loss"].backward()
+    for name, figure in at_once.items():
+        assert sum(of[name].item() for of in found) == pytest.approx(figure.item(), rel=1e-5, abs=1e-6)
+    for model in (whole, split):
+        model.after_step(LATER)
+    for mine, theirs in zip(split.centres(), whole.centres(), strict=True):
+        assert torch.equal(mine.value, theirs.value)
+    for mine, theirs in zip(split.student.parameters(), whole.student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_of_a_step_that_was_given_up_leave_nothing_to_the_next():
+    split = build()
+    split.split_views = True
+    split.begin_step(LATER)
+    split(split.pieces(batch(4))[0], LATER)
+    split.begin_step(LATER)
+    fresh = build()
+    fresh.begin_step(LATER)
+    other = batch(4, seed=1)
+    assert torch.equal(split(split.pieces(other)[0], LATER)["teacher_kl"].isfinite(), torch.tensor(True))
+    losses = [split(piece, LATER)["loss"].item() for piece in split.pieces(other)[1:]]
+    split.begin_step(LATER)
+    again = [split(piece, LATER)["loss"].item() for piece in split.pieces(other)]
+    assert losses == again[1:]
+    assert sum(again) == pytest.approx(fresh(other, LATER)["loss"].item(), rel=1e-5)
+
+
+@given(rows=st.integers(1, 40), width=st.integers(1, 40), at_once=st.integers(1, 200))
+def test_rows_of_unit_length_are_torchs(rows, width, at_once):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, width, generator=generator).requires_grad_()
+    of_unit = torch.randn(rows, width, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(heads.AT_ONCE, "cpu", at_once)
+        unit = heads.UnitRows.apply(weight)
+        unit.backward(of_unit)
+    slow = weight.detach().double().requires_grad_()
+    torch.nn.functional.normalize(slow, dim=-1).backward(of_unit.double())
+    torch.testing.assert_close(unit.double(), torch.nn.functional.normalize(slow, dim=-1), rtol=1e-6, atol=1e-6)
+    scale = slow.grad.abs().max().item() + 1 / weight.detach().norm(dim=1).min().item()
+    torch.testing.assert_close(weight.grad.double(), slow.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
 def slow_region_loss(student, teacher, temp):

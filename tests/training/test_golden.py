@@ -1,6 +1,7 @@
 """Twenty steps of each demo give the losses that are written down: what should not compute differently does not.
 
-After a change that should, `python tests/training/test_golden.py` writes them anew; say so in the commit.
+After a change that should, `PYTHONPATH=.:tests python tests/training/test_golden.py [NAME ...]` writes them anew; say so
+in the commit.
 """
 
 import json
@@ -51,5 +52,7 @@ def test_losses_are_golden(name, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        golden = {name: twenty_losses(name, Path(folder, name)) for name in sys.argv[1:] or recipe_files()}
+        found = {name: twenty_losses(name, Path(folder, name)) for name in sys.argv[1:] or recipe_files()}
+    kept = json.loads(GOLDEN.read_text()) | found
+    golden = {name: kept[name] for name in recipe_files()}
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")

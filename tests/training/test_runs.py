@@ -125,6 +125,16 @@ def test_accumulation_equals_the_big_batch(method, run, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+def test_views_one_by_one_are_the_views_at_once(run, tmp_path):
+    """train.split_views: the same losses and weights; in parts of the batch too."""
+    whole = run("dino", tmp_path / "whole")
+    split = run("dino", tmp_path / "split", "--train.split-views", "--train.micro-batch=4")
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-4)
+    a, b = tensors(whole), tensors(split)
+    for name in (name for name in a if "/" not in name):
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
 def test_stopped_by_sigint_too_and_the_handlers_are_put_back(run, tmp_path, monkeypatch, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     interrupt_at(monkeypatch, 2, signal.SIGINT)
