@@ -1,7 +1,8 @@
 """Twenty steps of each demo give the losses that are written down: what should not compute differently does not.
 
-After a change that should, `PYTHONPATH=.:tests python tests/training/test_golden.py [NAME ...]` writes them anew; say so
-in the commit.
+After a change that should, this writes them anew; say so in the commit:
+
+    PYTHONPATH=.:tests python tests/training/test_golden.py [NAME ...]
 """
 
 import json
