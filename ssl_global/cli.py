@@ -4,6 +4,7 @@ ssl-global pack IMAGES SHARDS           images into webdataset .tar shards, chec
 ssl-global doctor DATA                  what is bad in the data, and how fast it can be served
 ssl-global runs DIR                     the runs in a folder: how far, how good, and whether their checkpoints are whole
 ssl-global export RUN                   a run's backbone into a folder that timm loads
+ssl-global convert FILE --out DIR       a published checkpoint (MAE, DINO, DINOv2, Swin, ...) as such a folder
 ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as one safetensors file
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
 ssl-global evaluate linear BACKBONE
@@ -160,6 +161,50 @@ def export(
     num_tensors = len(encoder.model.state_dict())
     print(f"{folder}: the {chosen}, proven: {num_tensors} of {num_tensors} tensors, the same features bit for bit")
     print(f'load it: timm.create_model("local-dir:{folder}", pretrained=True)')
+
+
+@app.command
+def convert(
+    file: Annotated[Positional[Path], arg(metavar="FILE")],
+    *,
+    out: Path,
+    what: str | None = None,
+    name: str | None = None,
+    heads: int | None = None,
+    pixels: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    allow_unknown: bool = False,
+) -> None:
+    """Make an export of a published checkpoint: of MAE, DINO, DINOv2, DINOv3, iBOT, EsViT, SimMIM, Swin, BEiT or timm.
+
+    What it is is known by its keys, and each key is accounted for: taken, left out by a rule (heads, decoders), or
+    unknown, which ends it. The account is in OUT/conversion.json. Pickles that need code are not read.
+
+    Args:
+        file: A .pth, .pt, .bin or .safetensors.
+        out: Folder to write the export to.
+        what: The entry to take, of a file with several: teacher (the usual one), student, model.
+        name: timm's architecture, where the layout is timm's own and no ViT or Swin.
+        heads: Of attention, where no shape says it; by default 64 wide ones, or as published for that width.
+        pixels: Side of the images that it was trained on, where no shape says it.
+        mean: Of each channel, in 0..1, that its images were normalised with; by default the layout's own.
+        std: The same for the deviation.
+        allow_unknown: Leave out keys that are in no rule.
+    """
+    from ssl_global.converting.convert import convert as convert_file
+    from ssl_global.converting.shapes import Asked
+
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together")
+    if pixels is not None and pixels < 1:
+        raise UserError(f"--pixels {pixels}: at least 1")
+    converted = convert_file(
+        file, out, what=what, name=name, asked=Asked(heads=heads, pixels=pixels),
+        normalisation=None if mean is None or std is None else (mean, std), allow_unknown=allow_unknown,
+    )  # fmt: skip
+    print("\n".join(converted.lines(file)))
+    print(f'load it: timm.create_model("local-dir:{out}", pretrained=True)')
 
 
 @app.command

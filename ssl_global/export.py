@@ -12,8 +12,10 @@ transformers' TimmWrapperModel then passes twice; older ones keep the input size
 import copy
 import json
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -43,7 +45,29 @@ def export(encoder: Encoder, folder: Path, *, recipe: Recipe, summary: dict[str,
     An export that is there already is replaced, but only by one that is proven. Raises UserError if something else is
     there, RuntimeError with the tensor's name if what timm loads is not what was trained.
     """
-    folder = Path(folder)
+    run = Path(folder).resolve().parent.name
+    return publish(
+        encoder,
+        Path(folder),
+        data=recipe.data,
+        card=lambda model, num_tensors: model_card(model, run, recipe, summary, what=what, num_tensors=num_tensors),
+    )
+
+
+def publish(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    data: Data,
+    card: Callable[[Encoder, int], str],
+    beside: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """As `export`, of an encoder without a run.
+
+    data     how images are normalised for it
+    card     the model card, of the encoder and the number of its tensors
+    beside   files to write there too, by their names
+    """
     refuse_other_folders(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A copy, on the CPU and in eval mode: the run goes on with its own, and both sides compute alike.
@@ -51,12 +75,11 @@ def export(encoder: Encoder, folder: Path, *, recipe: Recipe, summary: dict[str,
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         new, old = Path(workshop, "new"), Path(workshop, "old")
         new.mkdir()
-        write_model(encoder, new, recipe.data)
+        write_model(encoder, new, data)
         num_tensors = prove(encoder, new)
-        (new / "README.md").write_text(
-            model_card(encoder, folder.resolve().parent.name, recipe, summary, what=what, num_tensors=num_tensors),
-            errors="backslashreplace",  # a name that is no UTF-8
-        )
+        texts = {"README.md": card(encoder, num_tensors), **beside}
+        for name, text in texts.items():
+            (new / name).write_text(text, errors="backslashreplace")  # a name that is no UTF-8
         if folder.exists():
             folder.rename(old)
         new.rename(folder)

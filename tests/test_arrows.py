@@ -21,6 +21,8 @@ ALLOWED = {
     "evaluation": NEUTRAL | {"data", "encoders", "methods"},
     "predict": NEUTRAL | {"data", "export", "finetuning", "inference"},
     "export": NEUTRAL | {"attention", "encoders", "finetuning"},
+    "converting": NEUTRAL | {"encoders", "export"},
+    "portable": NEUTRAL | {"attention", "encoders", "export"},
     "explain": NEUTRAL | {"attention", "data", "encoders", "evaluation", "export", "methods"},
     "command_line": NEUTRAL,
     "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "explain", "command_line"},
