@@ -3,7 +3,7 @@
 ssl-global pack IMAGES SHARDS           images into webdataset .tar shards, checked, smaller if you like
 ssl-global doctor DATA                  what is bad in the data, and how fast it can be served
 ssl-global runs DIR                     the runs in a folder: how far, how good, and whether their checkpoints are whole
-ssl-global export RUN                   a run's backbone into a folder that timm loads
+ssl-global export RUN                   a run's backbone into a folder that timm loads; an export as .onnx or .pt2
 ssl-global convert FILE --out DIR       a published checkpoint (MAE, DINO, DINOv2, Swin, ...) as such a folder
 ssl-global merge RUN --out FILE         a run's checkpoint, however sharded, as one safetensors file
 ssl-global evaluate knn BACKBONE        judge an export, a run, or any model of timm
@@ -47,6 +47,7 @@ from ssl_global.evaluation.backbone import Backbone, load_backbone, of_encoder, 
 from ssl_global.evaluation.knn import knn, knn_confusion
 from ssl_global.evaluation.linear import linear
 from ssl_global.export import export as export_encoder
+from ssl_global.export import is_export
 from ssl_global.recipe import Data, as_json
 
 if TYPE_CHECKING:
@@ -143,15 +144,48 @@ def doctor(
 
 @app.command
 def export(
-    run: Annotated[Positional[Path], arg(metavar="RUN")], *, what: str | None = None, out: Path | None = None
+    run: Annotated[Positional[Path], arg(metavar="EXPORT_OR_RUN")],
+    *,
+    format: Literal["folder", "onnx", "pt2"] = "folder",
+    what: str | None = None,
+    out: Path | None = None,
+    sizes: Literal["any", "one"] | None = None,
 ) -> None:
     """Write a run's backbone as a folder that timm and the Hugging Face hub load, and prove that they do.
 
+    Or write a model as one file that needs neither timm nor this project: ONNX (pip install 'ssl_global[onnx]') or
+    torch.export's .pt2, compared with the model before it gets its name.
+
     Args:
-        run: A run's --out folder.
-        what: student, teacher or encoder; by default the method's own choice.
-        out: Folder to write to; by default RUN/export, or RUN/export-WHAT for a given --what.
+        run: A run's --out folder; for onnx and pt2 an export's folder too, of a backbone, a classifier or a segmenter.
+        format: folder, onnx or pt2.
+        what: Of a run: student, teacher or encoder; by default the method's own choice.
+        out: Folder to write to, by default RUN/export, or RUN/export-WHAT for a given --what; or the file, by default
+            model.onnx or model.pt2 in the export.
+        sizes: Of images that an .onnx or .pt2 takes: any or one; by default any where the model allows.
     """
+    from ssl_global.portable import write
+
+    if format == "folder":
+        if sizes is not None:
+            raise UserError(f"--sizes {sizes}: of an .onnx or .pt2; give --format too")
+        if is_export(run):
+            raise UserError(f"{run}: an export already; --format onnx or pt2 makes a file of it")
+        export_run(run, what, out)
+        return
+    if is_export(run):
+        if what is not None:
+            raise UserError(f"--what {what} chooses one of a run's encoders, and {run} is an export")
+        folder = run
+    else:
+        folder = export_run(run, what, None)
+    file = out or folder / f"model.{format}"
+    if file.suffix != f".{format}":
+        raise UserError(f"--out {file}: the name of a .{format} file would be right")
+    print(write(folder, file, form=format, sizes=sizes))
+
+
+def export_run(run: Path, what: str | None, out: Path | None) -> Path:
     from ssl_global.training.checkpoint import load_encoder
 
     recipe, chosen, encoder = load_encoder(run, what)
@@ -161,6 +195,7 @@ def export(
     num_tensors = len(encoder.model.state_dict())
     print(f"{folder}: the {chosen}, proven: {num_tensors} of {num_tensors} tensors, the same features bit for bit")
     print(f'load it: timm.create_model("local-dir:{folder}", pretrained=True)')
+    return folder
 
 
 @app.command
