@@ -47,6 +47,7 @@ class Converted:
     architecture: Architecture
     weights: Weights
     account: Account
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
     num_tensors: int
     folder: Path
 
@@ -60,6 +61,7 @@ class Converted:
         return [
             f"{file}: {self.layout.name}{entry}" + (f"; --what chooses {', '.join(others)}" if others else ""),
             f"model      {self.architecture.name}: {'; '.join(self.architecture.said)}",
+            f"images     mean {self.normalisation[0]}, deviation {self.normalisation[1]}: --mean, --std",
             f"taken      {len(self.account.taken)} keys",
             *(f"left out   {len(names)}, {why}: {some(names)}" for why, names in reasons.items()),
             *([f"left out   {len(beside)}, no weights: {some(beside)}"] * bool(beside)),
@@ -107,8 +109,7 @@ def convert(
     mean, std = normalisation or layout.normalisation
     if len(mean) != architecture.channels or len(std) != architecture.channels:
         raise UserError(f"{file}: takes {architecture.channels} channels: --mean and --std need a number for each")
-    num_tensors = len(state)
-    found = Converted(layout, architecture, weights, account, num_tensors, folder)
+    found = Converted(layout, architecture, weights, account, (tuple(mean), tuple(std)), len(state), folder)
     try:
         publish(
             encoder,

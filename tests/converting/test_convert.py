@@ -14,6 +14,7 @@ from timm.models import beit, eva, swin_transformer, vision_transformer
 from torch import Tensor
 
 from ssl_global.cli import main
+from ssl_global.converting import shapes
 from ssl_global.converting.convert import convert
 from ssl_global.converting.shapes import Asked
 from ssl_global.errors import UserError
@@ -238,6 +239,7 @@ def test_what_it_says(tmp_path, capsys):
     num_keys = len(case.backbone)
     assert f"taken      {num_keys} keys" in said
     assert "left out   6, a projection head, of pretraining: head.mlp.0.weight" in said
+    assert "images     mean (0.5, 0.4, 0.3), deviation (0.2, 0.2, 0.2): --mean, --std" in said
     assert "left out   4, no weights: optimizer, epoch, args, dino_loss" in said
     config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}", pretrained=True))
     assert tuple(config["mean"]) == (0.5, 0.4, 0.3)
@@ -284,6 +286,31 @@ def test_timms_own_files(name, tmp_path):
     images = torch.randn(1, 3, converted.architecture.pixels, converted.architecture.pixels)
     with torch.no_grad():
         assert torch.equal(found(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (shapes.vit, ["vit_tiny_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224", "vit_base_patch8_224"]),
+        (shapes.vit, ["vit_base_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"]),
+        (
+            shapes.dinov3,
+            ["vit_small_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3"],
+        ),
+        (shapes.swin, ["swin_small_patch4_window7_224", "swin_large_patch4_window12_384", "swin_s3_tiny_224"]),
+        (shapes.beit, ["beit_base_patch16_384", "beitv2_large_patch16_224"]),
+    ],
+)
+def test_the_published_widths_give_timms_own_shapes_and_heads(build, names):
+    for name in names:
+        with torch.device("meta"):
+            timms = timm.create_model(name, num_classes=0, **({} if name.startswith("swin") else {"depth": 1}))
+            found = build(timms.state_dict(), Asked())
+            ours = timm.create_model(found.name, num_classes=0, **found.args)
+        assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in timms.state_dict().items()}
+        assert ours.patch_embed.img_size == (timms.patch_embed.img_size if build is not shapes.dinov3 else (256, 256))
+        for one, other in zip(ours.modules(), timms.modules(), strict=True):
+            assert getattr(one, "num_heads", None) == getattr(other, "num_heads", None), name
 
 
 def test_timms_dinov3(tmp_path):
