@@ -11,7 +11,8 @@ ssl-global evaluate linear BACKBONE
 ssl-global predict MODEL IMAGES --out DIR   what a fine-tuned model says of many images
 ssl-global explain BACKBONE IMAGES --out DIR   one page of pictures, curves and figures
 ssl-global film BACKBONE VIDEO OUT.mp4       what it sees in each frame
-ssl-global plan BACKBONE                what a backbone costs, what attention would add, which would fit
+ssl-global cost BACKBONE                what a backbone costs, what attention would add, which would fit
+ssl-global plan --recipe R --images N   what a run needs: memory, batch, time, and what few images ask for
 """
 
 import json
@@ -30,7 +31,8 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ssl_global.attention.attach import attach, placed
-from ssl_global.attention.cost import Precision, cost, named
+from ssl_global.attention.cost import Precision, named
+from ssl_global.attention.cost import cost as cost_of
 from ssl_global.attention.places import input_size_of
 from ssl_global.attention.recommend import recommend
 from ssl_global.command_line import find, show_any_name
@@ -385,7 +387,7 @@ def film(
 
 
 @app.command
-def plan(
+def cost(
     backbone: Annotated[Positional[str], arg(metavar="BACKBONE")],
     *,
     attention: tuple[str, ...] = (),
@@ -414,7 +416,7 @@ def plan(
     if task is not None and attention:
         raise UserError("--attention chooses the modules, --task has them chosen: one of them")
     try:
-        model = planned_model(backbone)
+        model = costed_model(backbone)
         channels, *_ = input_size_of(model)
         size = (channels, pixels, pixels) if pixels else None
         found: dict[str, Any]
@@ -425,7 +427,7 @@ def plan(
             report = attach(model, placed(model, attention)).report(size, batch, precision=precision)
             shown, found = str(report), {"costs": report.rows(), "memory": report.after.source}
         else:
-            alone = cost(model, size, batch, precision=precision)
+            alone = cost_of(model, size, batch, precision=precision)
             shown, found = str(alone), alone.as_dict()
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -434,7 +436,7 @@ def plan(
         json_file.write_text(json.dumps({"backbone": backbone, **found}, indent=2) + "\n")
 
 
-def planned_model(name: str) -> torch.nn.Module:
+def costed_model(name: str) -> torch.nn.Module:
     return timm_model(f"local-dir:{name}", pretrained=False) if Path(name).is_dir() else named(name)
 
 

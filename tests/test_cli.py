@@ -273,10 +273,10 @@ def test_by_default_there_is_a_device_that_works():
     assert torch.ones(2, device=cli.device_named(None)).sum().item() == 2
 
 
-def test_plan_says_what_attention_would_cost(tmp_path, capsys):
-    out = tmp_path / "plan.json"
+def test_cost_says_what_attention_would_add(tmp_path, capsys):
+    out = tmp_path / "cost.json"
     wanted = ["layer4=criss_cross(recurrence=3)", "se"]
-    cli.main(["plan", "test_resnet", "--attention", *wanted, "--pixels", "96", "--batch", "4", "--json", str(out)])
+    cli.main(["cost", "test_resnet", "--attention", *wanted, "--pixels", "96", "--batch", "4", "--json", str(out)])
     shown = capsys.readouterr().out
     assert "+ criss_cross at layer4" in shown
     assert "images 4 x 3 x 96 x 96; memory estimated by a dry run" in shown
@@ -289,14 +289,14 @@ def test_plan_says_what_attention_would_cost(tmp_path, capsys):
     ]
 
 
-def test_plan_a_backbone_alone_and_an_export(backbone, capsys):
-    cli.main(["plan", backbone])
+def test_cost_of_a_backbone_alone_and_an_export(backbone, capsys):
+    cli.main(["cost", backbone])
     assert "images 1 x 3 x 32 x 32" in capsys.readouterr().out
 
 
-def test_plan_recommends(tmp_path, capsys):
-    out = tmp_path / "plan.json"
-    cli.main(["plan", "test_resnet", "--task", "segment", "--memory-gb", "12", "--json", str(out)])
+def test_cost_recommends(tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    cli.main(["cost", "test_resnet", "--task", "segment", "--memory-gb", "12", "--json", str(out)])
     shown = capsys.readouterr().out
     assert shown.startswith(
         "strategy  full_global_attention\nbecause   with 12 GB the rule by memory alone says window"
@@ -316,8 +316,8 @@ def test_plan_recommends(tmp_path, capsys):
         (["test_vit", "--pixels", "100"], "ssl-global: VisionTransformer: takes no images of (3, 100, 100)"),
     ],
 )
-def test_what_cannot_be_planned(arguments, words, capsys):
+def test_what_has_no_cost(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["plan", *arguments])
+        cli.main(["cost", *arguments])
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
