@@ -441,6 +441,63 @@ def costed_model(name: str) -> torch.nn.Module:
 
 
 @app.command
+def plan(
+    *,
+    recipe: str,
+    images: int,
+    gpus: int = 1,
+    vram: float = 24.0,
+    gpu: Literal["v100", "t4", "a100", "rtx3090", "l4", "rtx4090", "h100"] = "a100",
+    tflops: float | None = None,
+    utilisation: float = 0.3,
+    images_per_second: float | None = None,
+    classes: int | None = None,
+    as_it_is: bool = False,
+    write: Path | None = None,
+    overwrite: bool = False,
+    json_file: Annotated[Path | None, arg(name="json")] = None,
+) -> None:
+    """What a run needs: memory of each GPU, batch, steps and time; and what few images ask for, with its sources.
+
+    Nothing is computed: the recipe's step is run without content. Figures are of the recipe with the choices for so
+    many images.
+
+    Args:
+        recipe: By name or path, with or without :FUNCTION; a .py file is a program: it is run.
+        images: To learn from.
+        gpus: On which it will run.
+        vram: Memory of each, in GB.
+        gpu: Whose peak the time is reckoned with.
+        tflops: That peak, if it is another's.
+        utilisation: Share of the peak that a step comes to; published ones came to 0.1 to 0.46.
+        images_per_second: Measured, of all GPUs together: time by this, and nothing reckoned.
+        classes: That a fine-tuned model will tell apart; by default as in the recipe's paper.
+        as_it_is: The recipe itself, without choices for few images.
+        write: Also write the plan as a recipe file, a .py that --recipe takes.
+        overwrite: Even where that file is already.
+        json_file: Also write the figures to this file.
+    """
+    # Imported here: it brings all that trains.
+    from ssl_global.planning.planner import Machine
+    from ssl_global.planning.planner import plan as plan_of
+    from ssl_global.planning.show import tables
+    from ssl_global.planning.written import write as write_recipe
+
+    machine = Machine(
+        gpus=gpus, vram_gb=vram, gpu=gpu, tflops=tflops, utilisation=utilisation, images_per_second=images_per_second
+    )
+    planned = plan_of(recipe, machine, images=images, classes=classes, as_it_is=as_it_is)
+    out = console()
+    for part in tables(planned):
+        out.print(part, highlight=False)
+    if write:
+        write_recipe(planned, write, overwrite=overwrite)
+        out.print(f"written: {write}", highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(planned.as_dict(), indent=2) + "\n")
+
+
+@app.command
 def runs(directory: Annotated[Positional[Path], arg(metavar="DIR")]) -> None:
     """List the runs in a folder: recipe, how far, last k-NN, last checkpoint, and whether it is whole.
 

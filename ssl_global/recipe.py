@@ -224,7 +224,7 @@ class Train:
     epochs: float | None = None  # the run's length in passes over the data
     steps: int | None = None  # the run's length in optimizer steps
     global_batch: int  # images of one optimizer step, over all processes: learning does not change with the machine
-    micro_batch: int | None = None  # images that a process takes at once, at most; accumulation does the rest
+    micro_batch: int | Literal["auto"] | None = None  # images that a process takes at once, at most; auto: what fits
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay in float32
     compile: bool = False  # torch.compile each transformer block
     split_views: bool = False  # a backward pass for each view: less memory, the same gradient; only DINO
@@ -242,8 +242,9 @@ class Train:
             raise wrong("train.steps", self.steps, "at least 1")
         if self.global_batch < 1:
             raise wrong("train.global_batch", self.global_batch, "at least 1 image, over all processes")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise wrong("train.micro_batch", self.micro_batch, "at least 1 image, or None for all of a process's share")
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            right = "at least 1 image, auto for what fits, or None for all of a process's share"
+            raise wrong("train.micro_batch", self.micro_batch, right)
         if self.max_bad_steps < 0:
             raise wrong("train.max_bad_steps", self.max_bad_steps, "0 or more")
 

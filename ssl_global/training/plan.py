@@ -1,6 +1,7 @@
 """How long the run is and who takes which part of a step: the recipe's wishes, brought to this machine."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ssl_global.errors import wrong
@@ -20,7 +21,9 @@ class Plan:
 
 
 def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
-    """The global batch is the recipe's, so processes x parts x images at once is solved for the processes there are.
+    """How it is shared out; `micro_batch auto` is as large as can be here, until training/fit.py has tried it.
+
+    The global batch is the recipe's, so processes x parts x images at once is solved for the processes there are.
 
     Raises UserError where the global batch cannot be shared out evenly, or a warm-up outlasts the run.
     """
@@ -44,12 +47,13 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
             f"cannot be shared by {num_processes} processes; {right} can, or {others} processes can share it",
         )  # fmt: skip
     share = train.global_batch // num_processes
-    together = math.lcm(recipe.data.repeats, recipe.method.images_together())
-    micro_batch = largest_part(share, at_most=train.micro_batch or share, multiple_of=together)
+    together = images_together(recipe)
+    at_most = train.micro_batch if isinstance(train.micro_batch, int) else share
+    micro_batch = next(parts_of(share, at_most=at_most, multiple_of=together), None)
     if micro_batch is None:
         raise wrong(
             "data.repeats", recipe.data.repeats,
-            f"a process's share of the batch is {share} images, at most {train.micro_batch or share} of them at once: "
+            f"a process's share of the batch is {share} images, at most {at_most} of them at once: "
             f"none of its parts is a multiple of {together}, and so many images belong together",
         )  # fmt: skip
     return Plan(
@@ -64,10 +68,14 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
     )
 
 
-def largest_part(share: int, *, at_most: int, multiple_of: int) -> int | None:
-    """The most images at once that a share can be cut into evenly."""
-    parts = (n for n in range(min(at_most, share), 0, -1) if share % n == 0 and n % multiple_of == 0)
-    return next(parts, None)
+def parts_of(share: int, *, at_most: int, multiple_of: int) -> Iterator[int]:
+    """Images at once that a share can be cut into evenly, the most first."""
+    return (n for n in range(min(at_most, share), 0, -1) if share % n == 0 and n % multiple_of == 0)
+
+
+def images_together(recipe: Recipe) -> int:
+    """A process takes multiples of so many at once."""
+    return math.lcm(recipe.data.repeats, recipe.method.images_together())
 
 
 def nearest_multiples(value: int, of: int) -> str:
