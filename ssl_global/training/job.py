@@ -33,10 +33,12 @@ from ssl_global.recipe import Recipe, as_json
 from ssl_global.training import checkpoint, engine, processes, report
 from ssl_global.training.checkpoint import Layout, RunState, Writer
 from ssl_global.training.engine import whole_backbone
+from ssl_global.training.fit import largest_that_fits
 from ssl_global.training.folder import find_checkpoint, fingerprint, held, write_json
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, StopSignal
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.loop import Figures, Run, train
+from ssl_global.training.memory import peak_bytes
 from ssl_global.training.optim import build_optimizer
 from ssl_global.training.plan import Plan, plan_run
 from ssl_global.training.progress import Display
@@ -115,7 +117,9 @@ def learn(
         return
     plan = plan_run(recipe, num_images=len(train_data), num_processes=accelerator.num_processes)
     lines = [*report.resolved(recipe, command.recipe, overridden), f"data   {train_data.describe()}"]
-    lines += [*report.arithmetic(plan, recipe), f"device {accelerator.device}, {engine.name(accelerator)}"]
+    to_be_found = recipe.train.micro_batch == "auto"
+    lines += [] if to_be_found else report.arithmetic(plan, recipe)
+    lines += [f"device {accelerator.device}, {engine.name(accelerator)}"]
     say("\n".join(lines))
 
     torch.manual_seed(recipe.seed)  # the same weights on every process
@@ -125,6 +129,11 @@ def learn(
     bare_optimizer = build_optimizer(method, recipe.optim)
     model, optimizer = engine.prepare(accelerator, method, bare_optimizer, recipe)
     say(f"memory {engine.state_bytes(method) / 1e6:.1f} MB of weights and averages on each process")
+    if to_be_found:
+        size, how = largest_that_fits(model, method, accelerator, recipe, plan, masks=masks is not None)
+        found_it = replace(recipe, train=replace(recipe.train, micro_batch=size))
+        plan = plan_run(found_it, num_images=len(train_data), num_processes=accelerator.num_processes)
+        say("\n".join([how, *report.arithmetic(plan, recipe)]))
     layout = layout_of(plan, recipe, accelerator)
     state = RunState(data=fingerprint(train_data, masks))
     if found:
@@ -324,7 +333,7 @@ def summarise(
         "images": state.images,
         "seconds": round(state.seconds, 1),
         "images_per_second": round(state.images / max(state.seconds, 1e-9), 1),
-        "peak_memory": report.peak_memory_bytes(run.accelerator.device),
+        "peak_memory": peak_bytes(run.accelerator.device),
         "loss": state.last_loss,
         **dict.fromkeys(job.figures),
         **judged,

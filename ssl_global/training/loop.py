@@ -26,6 +26,7 @@ from ssl_global.training.diagnose import where_not_finite
 from ssl_global.training.engine import clip, is_sharded, precision, seen_backbone, whole_backbone
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
 from ssl_global.training.log import MetricsLog
+from ssl_global.training.memory import peak_bytes
 from ssl_global.training.optim import set_rates
 from ssl_global.training.plan import Plan
 from ssl_global.training.progress import Display
@@ -148,6 +149,7 @@ def train(run: Run) -> Ending:
         if state.step % recipe.log.every == 0 or end or state.step == 1:
             metrics = mean_over_processes(accelerator, figures) | {"loss": agreed.loss, "lr": lr}
             metrics |= {"gradient_norm": float(gradient_norm), "epoch": progress.epoch} | meter.read()
+            metrics["peak_memory_gb"] = peak_bytes(accelerator.device) / 1e9
             run.log.write(state.step, metrics)
             run.display.show(state.step, metrics)
             run.judge.note(metrics)

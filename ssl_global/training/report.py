@@ -1,15 +1,12 @@
 """What a run says of itself in words: at its start, at its end, and in run.json."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ssl_global.recipe import Recipe, as_json, flatten
 from ssl_global.training.checkpoint import Layout, versions
@@ -97,11 +94,3 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "changed_files": (git("status", "--porcelain") or "").splitlines(),
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024

@@ -1,0 +1,116 @@
+"""The largest micro-batch is found, and the run does not know how."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import assert_bit_equal, finish, losses, metrics, start, tensors
+from tiny_runs import arguments as arguments_of
+
+from ssl_global.command_line import Command, parse
+from ssl_global.errors import UserError
+from ssl_global.training import fit
+from ssl_global.training.checkpoint import load_encoder
+
+MORE = ["--encoder.drop-path=0.2"]  # what draws numbers in a step
+
+
+@given(
+    sizes=st.sets(st.integers(1, 600), min_size=1), lines=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40))),
+    allowed=st.integers(0, 20_000),
+)  # fmt: skip
+def test_the_largest_that_fits_is_found(sizes, lines, allowed):
+    """A step's peak is the highest of several moments, each of so much for good and so much for each image."""
+
+    def taken(size):
+        return max((fixed + each * size for fixed, each in lines), default=size)
+
+    rising = sorted(sizes)
+    tried = fit.search(rising, allowed, lambda size: taken(size) if taken(size) < 10_000 else None)
+    fitting = [size for size in rising if taken(size) <= min(allowed, 9_999)]
+    found = [size for size, peak in tried.items() if peak is not None and peak <= allowed]
+    assert max(found, default=None) == max(fitting, default=None)
+
+
+def test_few_are_tried_where_memory_rises_evenly():
+    tried = fit.search(list(range(1, 1000)), 70_500, lambda size: 500 + 100 * size)
+    assert list(tried) == [1, 2, 700]
+
+
+def limited_to(monkeypatch, number):
+    monkeypatch.setattr(fit, "free_bytes", lambda device, processes_here: number)
+
+
+def room_for(monkeypatch, run, method, out, images, *more):
+    """Limits memory to what so many images take, seen in a run with all there is; returns what was free."""
+    seen = {}
+
+    class Noting(fit.Trial):
+        def peak(self, size):
+            seen[size] = super().peak(size)
+            return seen[size]
+
+    monkeypatch.setattr(fit, "Trial", Noting)
+    run(method, out, "--train.micro-batch=auto", *more)
+    assert sorted(seen) == [1, 2, 12]
+    each = (seen[12] - seen[2]) / 10
+    limit = int((seen[2] + each * (images - 2 + 0.5)) / fit.USABLE)
+    limited_to(monkeypatch, limit)
+    return limit
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_a_run_that_finds_its_micro_batch_is_the_run_that_was_told_it(method, run, tmp_path, monkeypatch, capsys):
+    room_for(monkeypatch, run, method, tmp_path / "all", 4, *MORE)
+    capsys.readouterr()
+    found = run(method, tmp_path / "found", "--train.micro-batch=auto", *MORE)
+    said = capsys.readouterr().out
+    assert "fit    4 images at once take 0.0" in said
+    assert "1 process x 3 x 4 images = 12 a step" in said
+    assert_bit_equal(tensors(found), tensors(run(method, tmp_path / "told", "--train.micro-batch=4", *MORE)))
+    recipe, _, _ = load_encoder(found, None)
+    assert recipe.train.micro_batch == "auto"
+
+
+def test_what_the_run_learns_does_not_hang_on_the_room(run, tmp_path, monkeypatch):
+    """All at once and in three parts: the same up to rounding."""
+    room_for(monkeypatch, run, "dino", tmp_path / "all", 4)
+    run("dino", tmp_path / "parts", "--train.micro-batch=auto")
+    torch.testing.assert_close(losses(tmp_path / "all"), losses(tmp_path / "parts"), rtol=1e-4, atol=1e-5)
+
+
+def test_no_room_at_all_is_one_line(run, tmp_path, monkeypatch):
+    limited_to(monkeypatch, 1000)
+    with pytest.raises(SystemExit, match="2"):
+        run("mae", tmp_path / "run", "--train.micro-batch=auto")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_agree_on_the_least_and_learn_what_they_would_have(sharded, tmp_path, photographs):
+    """The second process has room for two images, the first for five."""
+    how, script = (["--sharded"], "fsdp_on_cpu.py") if sharded else ([], "pretrain.py")
+    words = arguments_of("dino", photographs, tmp_path / "found", "--train.micro-batch=auto", *MORE)
+    found = start([*how, *words], script="tests/fit_in_processes.py")
+    told = start(
+        arguments_of("dino", photographs, tmp_path / "told", "--train.micro-batch=2", *MORE),
+        script=f"tests/{script}" if sharded else script,
+    )
+    (code, out, error), (told_code, _, told_error) = finish(found), finish(told)
+    assert (code, told_code) == (0, 0), error[-2000:] + told_error[-2000:]
+    assert "fit    2 images at once" in out
+    assert "2 processes x 3 x 2 images = 12 a step" in out
+    assert_bit_equal(tensors(tmp_path / "found"), tensors(tmp_path / "told"))
+
+
+def test_it_says_what_a_step_took(run, tmp_path):
+    lines = [line for line in metrics(run("mae", tmp_path / "run")) if "loss" in line]
+    assert all(0.1 < line["peak_memory_gb"] < 50 for line in lines)
+
+
+def test_auto_is_a_word_of_the_command_line():
+    command, overridden = parse(["--recipe", "mae", "--train.micro-batch", "auto"], Command)
+    assert command.settings.train.micro_batch == "auto"
+    assert overridden == {"train.micro_batch": 64 if command.settings.train.precision == "bf16" else None}
+    for word, message in (("0", "at least 1 image, auto for what fits"), ("most", "micro-batch")):
+        with pytest.raises(UserError, match=message):
+            parse(["--recipe", "mae", "--train.micro-batch", word], Command)
