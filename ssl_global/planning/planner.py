@@ -173,7 +173,7 @@ def with_classes(recipe: Recipe, classes: int | None) -> Recipe:
     usual = CLASSES.get(type(method).__name__)
     if usual is None:
         if classes is not None:
-            raise UserError(f"--classes {classes}: {type(method).__name__} tells no classes apart")
+            raise UserError(f"--classes {classes}: this recipe's method tells no classes apart")
         return recipe
     if classes is not None and classes < 2:
         raise UserError(f"--classes {classes}: at least 2")
@@ -220,8 +220,8 @@ def warnings(recipe: Recipe, memories: list[Memory], least: int, run: Plan, mach
         needs = min(memory.total(least) for memory in memories) / GB / USABLE
         help_ = "" if recipe.train.recompute_activations else "; train.recompute_activations takes less"
         said_so.append(
-            f"{' and '.join(lacking)}: not even {least} images at once fit {machine.vram_gb:g} GB"
-            + (f", which would take {needs:.1f}{help_}" if len(lacking) == len(memories) else "")
+            f"{' and '.join(lacking)}: {machine.vram_gb:g} GB are too few for the least that can be taken at once, {least}"
+            + (f"; {needs:.1f} would do{help_}" if len(lacking) == len(memories) else "")
         )
     if run.steps_per_epoch < 1:
         said_so.append(f"a step takes {run.global_batch} images, more than there are: it sees some of them twice")

@@ -27,7 +27,7 @@ SMALL = 200_000  # images (ours): up to here what was done with ImageNet-100 is 
 PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16_384), (500_000, 32_768))
 EPOCHS = ((FEW, 200, "Imagenette"), (SMALL, 400, "ImageNet-100"))
 BATCH = 256
-EVALUATIONS = 20  # of a run: as recipes/dino.py has it for ImageNet (ours)
+EVALUATIONS = 10  # of a run, at least (ours)
 
 
 @dataclass(frozen=True)
