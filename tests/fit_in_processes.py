@@ -1,4 +1,4 @@
-"""A job whose processes have unlike room: `torchrun --nproc_per_node 2 tests/fit_in_processes.py [--sharded] ARGUMENTS`.
+"""A job with unlike room: `torchrun --nproc_per_node 2 tests/fit_in_processes.py [--sharded] ARGUMENTS`.
 
 Trials take their steps as ever; what they are said to have taken is 1000 bytes an image on the first process, 2000 on
 the second, of 5000 that are free. So two images at once fit, as the second has it. --sharded: with FSDP2 over gloo.

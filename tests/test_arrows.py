@@ -25,6 +25,7 @@ ALLOWED = {
     "portable": NEUTRAL | {"attention", "encoders", "export"},
     "explain": NEUTRAL | {"attention", "data", "encoders", "evaluation", "export", "methods"},
     "command_line": NEUTRAL,
+    "planning": NEUTRAL | {"encoders", "methods", "training", "command_line"},
     "training": NEUTRAL | {"data", "encoders", "methods", "evaluation", "explain", "command_line"},
 }
 

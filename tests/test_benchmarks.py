@@ -1,6 +1,7 @@
 """Every benchmark runs, small: that its figures are good is for a quiet machine to say."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,17 +10,19 @@ import torch
 import warm
 from PIL import Image
 
-from benchmarks import attention, reach, swin
+from benchmarks import attention, knn, reach, scaling, swin
 from benchmarks.__main__ import names
 from benchmarks.measure import Comparison, compare
 
 SMALL = {
     "attention": ["--maps", "8", "12", "--channels", "16", "--rounds", "1", "--names", "dual", "criss_cross"],
     "attention_table": ["--small", "--seeds", "1", "--variants", "Baseline", "Criss-Cross"],
+    "knn": ["--bank", "3000", "--queries", "40", "--width", "8", "--classes", "5", "--rounds", "1"],
     "loss": ["--images", "2", "--prototypes", "512", "--rounds", "1"],
     "teacher": ["--name", "test_vit", "--prototypes", "512", "--rounds", "1"],
     "data": ["--rounds", "1", "--samples", "3000"],
     "reach": ["--small", "--seeds", "1"],
+    "scaling": ["--recipes", "mae:demo", "--images", "2", "--steps", "1", "--rounds", "1"],
     "shuffle": ["--shards", "9"],
     "soak": ["--samples", "3000"],
     "step": ["--recipe", "dino", "--small", "--images", "2", "--rounds", "1"],
@@ -64,6 +67,13 @@ def test_it_runs_and_writes_its_figures(name: str, tmp_path: Path) -> None:
         rows = json.loads((tmp_path / "out").read_text())["rows"]
         assert [len(row["accuracies"]) for row in rows.values()] == [1, 1]
         assert rows["Criss-Cross"]["difference"]["interval"] is None
+    if name == "knn":
+        assert re.search(r"accuracy: published (\S+), ours \1; answers that differ, all ties: 0", done.stdout)
+    if name == "scaling":
+        (figures,) = json.loads((tmp_path / "out").read_text())["figures"].values()
+        assert figures["one process"]["efficiency"] == 1
+        assert figures["DDP, 2 processes"]["efficiency"] > 0
+        assert figures["DDP, 2 processes"]["communication"] < 1
     if name == "swin":
         found = json.loads((tmp_path / "out").read_text())
         assert len(found["comparisons"]) == len(found["promised"]) == 4
@@ -117,6 +127,26 @@ def test_what_sees_both_corners(pixels: int, share: float) -> None:
     seen = {name: reach.sees_both(reach.built(name, pixels, seed=0), pixels) for name in reach.MODELS}
     assert seen.pop("timm's Swin") == share
     assert set(seen.values()) == {1.0}
+
+
+def test_a_wrong_knn_would_show(monkeypatch) -> None:
+    settings = knn.Settings(bank=200, queries=20, width=8, classes=5)
+    given = knn.drawn(settings)
+    assert "ours" in knn.refuse_difference(settings, *given)
+    monkeypatch.setattr(knn, "knn_predict", lambda bank, labels, queries, **how: torch.zeros(len(queries)).long())
+    with pytest.raises(RuntimeError, match="votes"):
+        knn.refuse_difference(settings, *given)
+
+
+def test_efficiency_is_of_what_so_many_processes_could_do() -> None:
+    """Two processes do 1.5 times as much; a fifth of their step is the engine's."""
+    alone, two = scaling.Case("mae", "one process", 1), scaling.Case("mae", "DDP", 2)
+    alone.rounds = [{"alone": [3.0], "engine": [3.0]}]
+    two.rounds = [{"alone": [3.2], "engine": [4.0]}]
+    (comparison,) = scaling.compared([alone, two], 10)
+    assert comparison.seconds == {"one process": [0.3], "DDP, 2 processes": [0.2]}
+    figures = scaling.efficiencies(comparison, [alone, two])
+    assert figures["DDP, 2 processes"] == {"efficiency": pytest.approx(0.75), "communication": pytest.approx(0.2)}
 
 
 def test_an_unknown_one_is_one_line() -> None:

@@ -220,7 +220,7 @@ def warnings(recipe: Recipe, memories: list[Memory], least: int, run: Plan, mach
         needs = min(memory.total(least) for memory in memories) / GB / USABLE
         help_ = "" if recipe.train.recompute_activations else "; train.recompute_activations takes less"
         said_so.append(
-            f"{' and '.join(lacking)}: {machine.vram_gb:g} GB are too few for the least that can be taken at once, {least}"
+            f"{' and '.join(lacking)}: {machine.vram_gb:g} GB are too few for {least} at once, the least that there is"
             + (f"; {needs:.1f} would do{help_}" if len(lacking) == len(memories) else "")
         )
     if run.steps_per_epoch < 1:
@@ -236,7 +236,9 @@ def peak_of(machine: Machine, precision: str) -> float:
     if machine.tflops is not None:
         return machine.tflops
     if precision == "bf16" and machine.gpu in WITHOUT_BF16:
-        raise UserError(f"--gpu {machine.gpu}: has no bf16, which this recipe's train.precision is; fp16 would be right")
+        raise UserError(
+            f"--gpu {machine.gpu}: has no bf16, which this recipe's train.precision is; fp16 would be right"
+        )
     half, single = PEAKS[machine.gpu]
     return single if precision == "fp32" else half
 

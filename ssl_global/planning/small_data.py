@@ -43,7 +43,12 @@ class Choice:
 def adapted(recipe: Recipe, images: int, gpus: int) -> tuple[Recipe, list[Choice]]:
     """The recipe for so many images, and what was changed. Given all of ImageNet, nothing is."""
     made: list[Choice] = []
-    for rule in (of_method, partial(of_length, gpus=gpus), of_warm_ups, of_looks):  # each sees what those before it have chosen
+    for rule in (
+        of_method,
+        partial(of_length, gpus=gpus),
+        of_warm_ups,
+        of_looks,
+    ):  # each sees what those before it have chosen
         have = flatten(recipe)
         choices = [Choice(name, have[name], value, why) for name, value, why in rule(recipe, images)]
         choices = [choice for choice in choices if choice.value != choice.recipe]

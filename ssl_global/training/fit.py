@@ -62,7 +62,10 @@ def largest_that_fits(
             "train.recompute_activations takes less",
         )  # fmt: skip
     found = max(fitting)
-    return found, f"fit    {found} images at once take {fitting[found] / 1e9:.2f} of {allowed / 1e9:.2f} GB that are free"
+    return (
+        found,
+        f"fit    {found} images at once take {fitting[found] / 1e9:.2f} of {allowed / 1e9:.2f} GB that are free",
+    )
 
 
 def search(sizes: list[int], allowed: int, peak: Callable[[int], int | None]) -> Peaks:
@@ -217,4 +220,3 @@ def leaving_no_trace(method: Method, device: torch.device) -> Iterator[None]:
 def drop_gradients(method: Method) -> None:
     for parameter in method.parameters():
         parameter.grad = None
-

@@ -4,7 +4,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from ssl_global.evaluation.knn import confusion_matrix, knn_accuracy, knn_predict
+from ssl_global.evaluation.knn import GROUP, confusion_matrix, knn_accuracy, knn_predict, most_similar
 
 
 def random_problem(*, images: int = 60, queries: int = 23, width: int = 5, classes: int = 4):
@@ -36,6 +36,22 @@ def test_predictions_equal_the_slow_loop(neighbours, temp):
     assert torch.equal(knn_predict(bank, labels, queries, neighbours=neighbours, temp=temp), expected)
     accuracy = knn_accuracy(bank, labels, queries, expected, neighbours=neighbours, temp=temp)
     assert accuracy == 1.0
+
+
+@pytest.mark.parametrize("images", [1, 63, 64, 65, 700])
+@pytest.mark.parametrize("neighbours", [1, 4, 20])
+def test_groups_have_the_nearest(images, neighbours):
+    bank, labels, queries = random_problem(images=images)
+    expected = slow_knn(bank, labels, queries, neighbours=neighbours, temp=0.07)
+    assert torch.equal(knn_predict(bank, labels, queries, neighbours=neighbours), expected)
+
+
+@pytest.mark.parametrize("num", [1, 3, 9])
+def test_most_similar_is_topk(num):
+    similarity = torch.randn(11, 9 * GROUP, generator=torch.Generator().manual_seed(0))
+    values, places = most_similar(similarity, num)
+    assert torch.equal(values, similarity.topk(num, dim=1).values)
+    assert torch.equal(similarity.gather(1, places), values)
 
 
 def test_working_in_parts_changes_nothing():

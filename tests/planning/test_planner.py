@@ -152,7 +152,9 @@ def test_a_written_recipe_of_a_recipe_of_ones_own(known, tmp_path, monkeypatch):
 def test_the_command_says_it_all(tmp_path, capsys):
     """With a real dry run."""
     out = tmp_path / "plan.json"
-    cli.main(["plan", "--recipe", "mae:demo", "--images", "3000", "--gpus", "2", "--gpu", "rtx4090", "--json", str(out)])
+    cli.main(
+        ["plan", "--recipe", "mae:demo", "--images", "3000", "--gpus", "2", "--gpu", "rtx4090", "--json", str(out)]
+    )
     said, found = capsys.readouterr().out, json.loads(out.read_text())
     for words in (
         "mae:demo for 3000 images on 2 GPUs", "DDP", "FSDP2", "AdamW's two averages", "gathered, at most",
@@ -176,7 +178,7 @@ def test_as_it_is(known, capsys):
 def test_what_is_too_large_is_said(known, capsys):
     cli.main(["plan", "--recipe", "dino", "--images", "100", "--vram", "1"])
     said = capsys.readouterr().out
-    assert "warning: one process: 1 GB are too few for the least that can be taken at once, 1; 1.5 would do" in said
+    assert "warning: one process: 1 GB are too few for 1 at once, the least that there is; 1.5 would do" in said
     assert "warning: a step takes 256 images, more than there are" in said
 
 
@@ -191,7 +193,10 @@ def test_what_is_too_large_is_said(known, capsys):
         (["--recipe", "dino", "--images", "9", "--tflops", "inf"], "--tflops inf: above 0"),
         (["--recipe", "dino", "--images", "9", "--images-per-second", "0"], "--images-per-second 0.0: above 0"),
         (["--recipe", "dino", "--images", "9", "--gpu", "v100"], "--gpu v100: has no bf16"),
-        (["--recipe", "dino", "--images", "9", "--classes", "9"], "--classes 9: this recipe's method tells no classes apart"),
+        (
+            ["--recipe", "dino", "--images", "9", "--classes", "9"],
+            "--classes 9: this recipe's method tells no classes apart",
+        ),
         (["--recipe", "finetune", "--images", "9", "--classes", "1"], "--classes 1: at least 2"),
         (["--recipe", "dino", "--images", "9999999", "--gpus", "7"], "train.global_batch = 512: cannot be shared by 7"),
         (["--recipe", "dino", "--images", "9", "--write", "mine"], "--write mine: the name of a .py file"),

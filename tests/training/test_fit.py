@@ -1,14 +1,18 @@
 """The largest micro-batch is found, and the run does not know how."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import assert_bit_equal, finish, losses, metrics, start, tensors
 from tiny_runs import arguments as arguments_of
+from tiny_runs import assert_bit_equal, finish, losses, metrics, start, tensors
+from torch import nn
 
 from ssl_global.command_line import Command, parse
 from ssl_global.errors import UserError
+from ssl_global.methods.method import Method
 from ssl_global.training import fit
 from ssl_global.training.checkpoint import load_encoder
 
@@ -70,6 +74,39 @@ def test_a_run_that_finds_its_micro_batch_is_the_run_that_was_told_it(method, ru
     assert_bit_equal(tensors(found), tensors(run(method, tmp_path / "told", "--train.micro-batch=4", *MORE)))
     recipe, _, _ = load_encoder(found, None)
     assert recipe.train.micro_batch == "auto"
+
+
+def test_no_trace():
+    """Buffers, modes, gradients and torch's random numbers, whatever a trial does to them."""
+    norm = nn.BatchNorm1d(3).eval()
+    method = Method()
+    method.parts = nn.ModuleList([nn.Linear(3, 3), norm])
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    torch.manual_seed(5)
+    with fit.leaving_no_trace(method, torch.device("cpu")):
+        assert norm.training
+        norm(method.parts[0](torch.randn(4, 3))).square().sum().backward()
+        assert not torch.equal(norm.running_mean, before["parts.1.running_mean"])
+    assert (method.training, norm.training) == (True, False)
+    assert [parameter.grad for parameter in method.parameters()] == [None] * 4
+    assert_bit_equal(method.state_dict(), before)
+    drawn = torch.randn(4)
+    assert torch.equal(drawn, torch.randn(4, generator=torch.Generator().manual_seed(5)))
+
+
+def test_memory_that_is_full_is_a_size_too_large(monkeypatch):
+    class Full(fit.Trial):
+        def __init__(self):
+            self.accelerator, self.method, self.speaks = SimpleNamespace(device=torch.device("cpu")), Method(), False
+
+        def step(self, images):
+            if images > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            torch.zeros(images * 25).add_(1)
+
+    trial = Full()
+    assert [trial.peak(images) for images in (4, 8, 16)] == [400, 800, None]
+    assert fit.search([4, 8, 16, 32], 2000, trial.peak) == {4: 400, 8: 800, 16: None}
 
 
 def test_what_the_run_learns_does_not_hang_on_the_room(run, tmp_path, monkeypatch):
