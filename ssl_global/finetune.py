@@ -166,11 +166,12 @@ def refuse_other_classes(classes: tuple[str, ...], train: Source, val: Source) -
         )
 
 
-def begin(method: Method, recipe: Recipe) -> None:
+def begin(method: Method, recipe: Recipe) -> list[str]:
     assert isinstance(method, Classify | Segment)
     assert isinstance(recipe.encoder, PretrainedConfig)
     if recipe.encoder.weights is not None:
         method.begin_from(recipe.encoder.weights)
+    return []
 
 
 def say_baselines(figures: dict[str, float]) -> str:

@@ -152,9 +152,16 @@ class EncoderConfig:
     """What an encoder's own settings must offer; each encoder's file has its subclass."""
 
     drop_path: float = 0.0  # probability that the last block is skipped for an image, rising linearly from the first
+    weights: str | None = (
+        None  # where the run begins: timm name.tag, export, run, .safetensors or .pth; None: untrained
+    )
 
     def check(self, recipe: "Recipe") -> None:
         raise NotImplementedError
+
+    def waiting_epochs(self) -> float:
+        """How long the run goes on before the encoder learns."""
+        return 0.0
 
     def hides(self, masking: str) -> int | None:
         """Side, in pixels, of the patches that it can leave out or replace under that masking; None: it cannot."""
@@ -167,6 +174,20 @@ class EncoderConfig:
     def build(self, recipe: "Recipe") -> "Encoder":
         """For the recipe's global views and channels."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainableConfig(EncoderConfig):
+    """Of encoders that learn without labels."""
+
+    frozen_epochs: float = 1.0  # of a run from weights: new heads are trained first, then the encoder's rate warms up
+
+    def check_beginning(self) -> None:
+        if self.frozen_epochs < 0:
+            raise wrong("encoder.frozen_epochs", self.frozen_epochs, "0 or more")
+
+    def waiting_epochs(self) -> float:
+        return 0.0 if self.weights is None else self.frozen_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +280,10 @@ class Eval:
     knn_temp: float = 0.07  # DINO, eval_knn.py
     bank_images: int = 50_000  # training images, at most, that the k-NN and the probe learn from (ours)
     batch: int = 256  # images at once, in each process
+    max_fall: float = 0.1  # of a run from weights: share of its start's k-NN (RankMe without labels) that may be lost
 
     def check(self) -> None:
+        in_range("eval.max_fall", self.max_fall, 0, 1)
         for name in ("every", "knn_neighbours", "bank_images", "batch"):
             if getattr(self, name) < 1:
                 raise wrong(f"eval.{name}", getattr(self, name), "at least 1")
@@ -353,6 +376,7 @@ class Recipe:
     def check_durations(self, epochs: float) -> None:
         """Refuses a warm-up longer than the run. A run in steps knows its epochs once its data is counted."""
         not_longer_than_run("optim.warmup_epochs", self.optim.warmup_epochs, epochs)
+        not_longer_than_run("encoder.frozen_epochs", self.encoder.waiting_epochs(), epochs)
         self.method.check_durations(epochs)
 
 
@@ -370,6 +394,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "train.max_bad_steps",
         "eval.every",
         "eval.batch",
+        "eval.max_fall",
         "log.every",
         "explain.every",
         "explain.attention_every",

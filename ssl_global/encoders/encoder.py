@@ -74,6 +74,13 @@ class Encoder(nn.Module):
     ) -> Tokens:
         return self.encode(images, hidden, num_hidden=num_hidden, replaced=replaced, token=token)
 
+    def may_be_new(self, name: str) -> bool:
+        """Whether weights from elsewhere may lack the model's tensor of that name, which then stays as it is."""
+        return False
+
+    def has_new(self, names: list[str]) -> None:
+        """Weights were loaded that lacked these: the place to keep them from disturbing the others."""
+
     def recompute_activations(self) -> None:
         """Keep no activations of the blocks for the backward pass: compute them again there."""
         raise NotImplementedError

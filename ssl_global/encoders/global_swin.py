@@ -45,7 +45,7 @@ from ssl_global.attention.windows import Compact, Groups, Layout, Units, Whole, 
 from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens
 from ssl_global.encoders.hiding import push_together, take_units
 from ssl_global.errors import wrong
-from ssl_global.recipe import EncoderConfig, Recipe, in_range
+from ssl_global.recipe import PretrainableConfig, Recipe, in_range
 
 __all__ = ["GlobalSwin", "GlobalSwinConfig", "GlobalSwinEncoder"]
 
@@ -358,7 +358,7 @@ for name in NAMES:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalSwinConfig(EncoderConfig):
+class GlobalSwinConfig(PretrainableConfig):
     """A timm Swin with global tokens, by name; what is None is as the name says."""
 
     name: str = "global_swin_tiny_patch4_window7_224"  # any global_swin_*
@@ -373,6 +373,7 @@ class GlobalSwinConfig(EncoderConfig):
     pool: Literal["token", "avg"] = "token"  # the image's summary: the mean of the global tokens, or of the patches
 
     def check(self, recipe: Recipe) -> None:
+        self.check_beginning()
         if self.name.removeprefix(PREFIX) not in NAMES or not self.name.startswith(PREFIX):
             nearest = difflib.get_close_matches(self.name, [PREFIX + n for n in NAMES], n=3, cutoff=0.3)
             raise wrong("encoder.name", self.name, f"not a global_swin_*; the nearest are {', '.join(nearest)}")
@@ -503,6 +504,16 @@ class GlobalSwinEncoder(Encoder):
                 return side
         fit = " or ".join(f"{grid_of(images, side)}, {side} pixels each" for side in sides)
         raise ValueError(f"hidden patches are {tuple(hidden.shape[1:])}, of these images they must be {fit}")
+
+    def may_be_new(self, name: str) -> bool:
+        return is_new(name)
+
+    def has_new(self, names: list[str]) -> None:
+        """Beside a plain Swin's weights new tokens only read at first: the patches stay what they were."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in names and name.endswith(".gate"):
+                    parameter.zero_()
 
     def recompute_activations(self) -> None:
         self.model.set_grad_checkpointing()

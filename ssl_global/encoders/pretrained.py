@@ -39,7 +39,6 @@ OF_THE_POOLING = ("attn_pool", "fc_norm")  # parts that a model gets with anothe
 class PretrainedConfig(EncoderConfig):
     name: str = "vit_base_patch16_224"  # timm's architecture; --backbone sets it
     model_args: str = "{}"  # for timm.create_model, as JSON; --backbone sets it
-    weights: str | None = None  # where the run began: an export's folder, a timm name.tag, or None: untrained
     attention: tuple[str, ...] = ()  # modules to put in: non_local, PLACE=MODULE, or 'PLACE=MODULE(option=value)'
     pool: str = ""  # token, avg, max, avgmax, or map (a learned query's attention); the model's own if empty
 
@@ -234,16 +233,22 @@ def of_export(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_all_but(new_parts: list[nn.Module], model: nn.Module, found: dict[str, Tensor], weights: str) -> None:
-    """New parts that are there too, of the same shapes, are loaded, each whole or not at all. Raises UserError if
-    `found` lacks a tensor that is in none of the new parts, or has it in another shape."""
-    ours, new = model.state_dict(), paths(model, new_parts)
+    """See `load_but`."""
+    load_but(paths(model, new_parts), model, found, weights)
+
+
+def load_but(new: tuple[str, ...], model: nn.Module, found: dict[str, Tensor], weights: str, hint: str = "") -> None:
+    """New parts, whose names begin so, that are there too, of the same shapes, are loaded, each whole or not at all.
+    Raises UserError, ending in `hint`, if `found` lacks a tensor that is in none of them, or has it in another shape.
+    """
+    ours = model.state_dict()
     unlike = [key for key in ours if key not in found or found[key].shape != ours[key].shape]
     old = [key for key in unlike if not key.startswith(new)]
     if missing := [key for key in old if key not in found]:
-        raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {type(model).__name__}")
+        raise UserError(f"{weights}: lacks {missing[0]} and {len(missing) - 1} more of {type(model).__name__}{hint}")
     if old:
         shapes = " and not ".join(str(tuple(state[old[0]].shape)) for state in (found, ours))
-        raise UserError(f"{weights}: its {old[0]} is {shapes}: not of this {type(model).__name__}")
+        raise UserError(f"{weights}: its {old[0]} is {shapes}: not of this {type(model).__name__}{hint}")
     others = tuple(path for path in new if any(key.startswith(path) for key in unlike))
     taken = {key: found[key] for key in ours if not key.startswith(others)}
     model.load_state_dict(taken, strict=False)
@@ -255,9 +260,11 @@ def paths(model: nn.Module, parts: list[nn.Module]) -> tuple[str, ...]:
 
 
 def renamed(state: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm calls a ViT's last norm fc_norm where it stands behind the pooling: it begins as what was before it."""
-    if "fc_norm.weight" in ours and "norm.weight" in state and "norm.weight" not in ours:
-        return {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in state.items()}
+    """timm calls a ViT's last norm fc_norm where it stands behind the pooling: it begins as what was before it, and
+    the other way round."""
+    for theirs, new in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
+        if f"{new}weight" in ours.keys() - state.keys() and f"{theirs}weight" in state.keys() - ours.keys():
+            return {new + key.removeprefix(theirs) if key.startswith(theirs) else key: v for key, v in state.items()}
     return state
 
 

@@ -24,11 +24,11 @@ from ssl_global.encoders.encoder import Encoder, Tokens, replace_tokens, visible
 from ssl_global.encoders.hiding import fit
 from ssl_global.encoders.positions import sincos_positions
 from ssl_global.errors import wrong
-from ssl_global.recipe import EncoderConfig, Recipe, in_range
+from ssl_global.recipe import PretrainableConfig, Recipe, in_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class VitConfig(EncoderConfig):
+class VitConfig(PretrainableConfig):
     """A timm ViT by name; what is None is as the name says."""
 
     name: str = "vit_small_patch16_224"  # any vit_* of timm that is a plain VisionTransformer
@@ -41,6 +41,7 @@ class VitConfig(EncoderConfig):
     positions: Literal["learned", "sincos"] = "learned"  # sincos: fixed, not trained
 
     def check(self, recipe: Recipe) -> None:
+        self.check_beginning()
         named = named_model(self.name)
         for field in ("patch", "width", "depth", "heads"):
             value = getattr(self, field)
@@ -175,6 +176,9 @@ class Vit(Encoder):
         nothing = self.model.patch_embed.proj.weight.new_zeros(1, *grid, self.width)
         prefix, positions = self.model._pos_embed(nothing).tensor_split([self.num_globals], dim=1)
         return torch.cat([prefix.expand(len(patches), -1, -1), patches + F.embedding(visible_BN, positions[0])], dim=1)
+
+    def may_be_new(self, name: str) -> bool:
+        return name == "reg_token"
 
     def recompute_activations(self) -> None:
         self.recompute = True

@@ -49,16 +49,22 @@ class Judge:
         self.noted: dict[str, float] = {}
 
     def baselines(self, encoder: Encoder) -> dict[str, float]:
-        """What the untrained encoder and raw pixels reach: {"knn_untrained", "knn_pixels", "linear_untrained"}."""
-        if not self.has_labels():
+        """What the untrained encoder and raw pixels reach: {"knn_untrained", "knn_pixels", "linear_untrained"}.
+
+        Of a run that begins with weights: {"knn_start", "knn_pixels", "linear_start"}, without labels {"rankme_start"}.
+        """
+        began = "untrained" if self.recipe.encoder.weights is None else "start"
+        if not self.has_labels() and began == "untrained":
             return {}
         judged = self.evaluate(encoder, final=True)
         self.noted = {}
+        if not self.has_labels():
+            return {f"rankme_{began}": judged["rankme"]} if judged else {}
         of_pixels = partial(
             pixel_features, data=self.recipe.data, batch=self.recipe.eval.batch, device=self.device,
             between=self.between,
         )  # fmt: skip
-        figures = {f"{name}_untrained": judged[name] for name in ("knn", "linear") if name in judged}
+        figures = {f"{name}_{began}": judged[name] for name in ("knn", "linear") if name in judged}
         return figures | {"knn_pixels": self.accuracies(of_pixels, final=False)[0]["knn"]}
 
     def evaluate(self, encoder: Encoder, *, final: bool) -> dict[str, float]:

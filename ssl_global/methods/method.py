@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
+from ssl_global.encoders import weights as from_weights
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.schedules import Progress
 
@@ -68,6 +69,14 @@ class Method(nn.Module):
     def new_backbone(self, recipe: "Recipe") -> Encoder:
         """One more of those that `backbones` has, with the same tensors, untrained."""
         return recipe.encoder.build(recipe)
+
+    def begin_with(self, weights: from_weights.Weights) -> list[str]:
+        """Before the first step: all encoders begin with these. Returns what became of them, in lines.
+
+        Raises UserError if they are another architecture's.
+        """
+        reports = [from_weights.begin(encoder, weights) for encoder in self.backbones().values()]
+        return reports[0]
 
     def backbones(self) -> dict[str, Encoder]:
         """The encoders by name, the one to judge and to export first."""

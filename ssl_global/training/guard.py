@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ssl_global.data.files import read_json_lines
 from ssl_global.errors import UserError
+from ssl_global.recipe import Recipe
+from ssl_global.training.checkpoint import RunState
 from ssl_global.training.watch import GO_ON, leave, tell
 
 LOSSES_REPORTED = 8  # ours
@@ -81,6 +83,21 @@ class FiniteSteps:
             f"\n  last losses: {', '.join(f'{loss:.4g}' for loss in self.last_losses)}"
             + "".join(f"\n  {line}" for line in self.where)
         )
+
+
+def fallen(recipe: Recipe, state: RunState, judged: dict[str, float]) -> str | None:
+    """What to say when a run from weights has lost more of them than it may; None if all is well."""
+    for figure, name in (("knn", "k-NN"), ("rankme", "RankMe")):
+        start, now = state.baselines.get(f"{figure}_start"), judged.get(figure)
+        if start is not None and now is not None and not now >= start * (1 - recipe.eval.max_fall):
+            return (
+                f"eval.max_fall = {recipe.eval.max_fall:g}: {name} was {start:.3g} of the encoder that the run began "
+                f"from and is {now:.3g} after step {state.step}, saved there: raise encoder.frozen_epochs (now "
+                f"{recipe.encoder.waiting_epochs():g}) or optim.warmup_epochs ({recipe.optim.warmup_epochs:g}), lower "
+                f"optim.lr_per_256_images ({recipe.optim.lr_per_256_images:g}), and begin anew with --fresh; or go on "
+                "from there with a larger eval.max_fall"
+            )
+    return None
 
 
 class LossAlarm:

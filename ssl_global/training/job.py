@@ -37,7 +37,7 @@ from ssl_global.training.fit import largest_that_fits
 from ssl_global.training.folder import find_checkpoint, fingerprint, held, write_json
 from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, StopSignal
 from ssl_global.training.log import MetricsLog
-from ssl_global.training.loop import Figures, Run, train
+from ssl_global.training.loop import Figures, Run, refuse_fall, train
 from ssl_global.training.memory import peak_bytes
 from ssl_global.training.optim import build_optimizer
 from ssl_global.training.plan import Plan, plan_run
@@ -55,7 +55,7 @@ class Job:
     open       training images, and those to judge with
     masks      of the training images, once they are open; None: there are none
     settle     what the data says of the recipe (classes); refuses data that the job has no use for
-    begin      brings weights from elsewhere into the method, before the first step
+    begin      brings weights from elsewhere into the method, before the first step; returns what it has to say
     judge      makes what judges: (recipe, train, val, device, between)
     export     writes a folder
     figures    that the summary always has, None where they are not known
@@ -64,7 +64,7 @@ class Job:
     """
 
     settle: Callable[[Recipe, Source | Stream, Source | None], Recipe]
-    begin: Callable[[Method, Recipe], None]
+    begin: Callable[[Method, Recipe], list[str]]
     judge: Callable[..., Figures]
     export: Callable[..., object]
     figures: tuple[str, ...]
@@ -125,8 +125,9 @@ def learn(
     torch.manual_seed(recipe.seed)  # the same weights on every process
     method = recipe.method.build(recipe)
     if not found:
-        job.begin(method, recipe)
-    bare_optimizer = build_optimizer(method, recipe.optim)
+        for line in job.begin(method, recipe):
+            say(line)
+    bare_optimizer = build_optimizer(method, recipe.optim, waiting_epochs=recipe.encoder.waiting_epochs())
     model, optimizer = engine.prepare(accelerator, method, bare_optimizer, recipe)
     say(f"memory {engine.state_bytes(method) / 1e6:.1f} MB of weights and averages on each process")
     if to_be_found:
@@ -310,6 +311,7 @@ def finish(job: Job, run: Run, out: Path, command: Command, data: Source | Strea
         run.log.write(run.state.step, judged)
         for warning in run.judge.verdicts():
             run.display.warn(warning)
+        refuse_fall(run, judged)
         if run.accelerator.is_main_process:
             summary = summarise(job, run, judged, out, command, data)
             what = next(iter(run.method.backbones()))

@@ -18,17 +18,19 @@ from ssl_global.data.loader import to_device
 from ssl_global.data.masks import Masks
 from ssl_global.data.randomness import STEP, stream
 from ssl_global.encoders.encoder import Encoder
+from ssl_global.errors import UserError
 from ssl_global.methods.method import Batch, Method
 from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.checkpoint import RunState, Writer
 from ssl_global.training.diagnose import where_not_finite
 from ssl_global.training.engine import clip, is_sharded, precision, seen_backbone, whole_backbone
-from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree
+from ssl_global.training.guard import BadSamples, FiniteSteps, Interrupted, LossAlarm, StopSignal, agree, fallen
 from ssl_global.training.log import MetricsLog
 from ssl_global.training.memory import peak_bytes
-from ssl_global.training.optim import set_rates
+from ssl_global.training.optim import set_rates, withhold
 from ssl_global.training.plan import Plan
+from ssl_global.training.processes import on_main_for_all
 from ssl_global.training.progress import Display
 from ssl_global.training.watch import Watch
 
@@ -111,6 +113,7 @@ def train(run: Run) -> Ending:
                     accelerator.backward(output["loss"] / plan.accumulate)
                 outputs.append({name: value.detach() for name, value in output.items()})
         method.gradients_done(progress)
+        withhold(run.optimizer, progress)
         gradient_norm = clip(accelerator, run.optimizer, recipe.optim.clip_norm)
         watch.at(state.step, "agreeing")
         figures = {name: torch.stack([o[name] for o in outputs]).sum() / plan.accumulate for name in outputs[0]}
@@ -180,7 +183,18 @@ def judge(run: Run) -> bool:
     run.display.show(run.state.step, judged)
     for warning in run.judge.verdicts():
         run.display.warn(warning)
+    refuse_fall(run, judged)
     return False
+
+
+def refuse_fall(run: Run, judged: dict[str, float]) -> None:
+    """Raises UserError on all processes, with all saved, if weights that the run began from are being destroyed."""
+    complaint = on_main_for_all(lambda: fallen(run.recipe, run.state, judged))
+    if complaint is not None:
+        if run.writer.last_step != run.state.step:
+            run.save(wait=True)
+        run.writer.settle(must=True)
+        raise UserError(complaint)
 
 
 def look(run: Run, gallery: "Gallery", progress: Progress, *, end: bool) -> None:

@@ -7,12 +7,21 @@ from torch.optim import AdamW
 
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Optim
-from ssl_global.schedules import Progress, cosine, warmup_cosine
+from ssl_global.schedules import Progress, cosine, linear, share_of, warmup_cosine
 
 
-def build_optimizer(method: Method, optim: Optim) -> AdamW:
-    """Groups as the method has them. Fused where the device can."""
-    groups: list[dict[str, Any]] = [{**group} for group in method.parameter_groups()]
+def build_optimizer(method: Method, optim: Optim, *, waiting_epochs: float = 0.0) -> AdamW:
+    """Groups as the method has them. Fused where the device can.
+
+    waiting_epochs  how long the encoders wait for what is new; then they have groups of their own
+    """
+    waiting = {p for encoder in method.backbones().values() for p in encoder.parameters()} if waiting_epochs else set()
+    groups: list[dict[str, Any]] = []
+    for group in method.parameter_groups():
+        apart = [p for p in group["params"] if p in waiting]
+        others = [p for p in group["params"] if p not in waiting]
+        groups += [{**group, "params": others, "waiting_epochs": 0.0}] if others else []
+        groups += [{**group, "params": apart, "waiting_epochs": waiting_epochs}] if apart else []
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps")
     return AdamW(groups, lr=0.0, betas=optim.betas, fused=fused)
 
@@ -27,6 +36,21 @@ def set_rates(optimizer: torch.optim.Optimizer, optim: Optim, global_batch: int,
     lr = warmup_cosine(peak_lr(optim, global_batch), optim.lr_end, warmup_epochs=optim.warmup_epochs, progress=progress)
     weight_decay = cosine(*optim.weight_decay, progress.share)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] * awake(group["waiting_epochs"], optim.warmup_epochs, progress)
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
     return lr
+
+
+def awake(waiting_epochs: float, warmup_epochs: float, progress: Progress) -> float:
+    """The share of its rate that a group has by now: if it waited, it rises from 0 over the warm-up's length."""
+    if not waiting_epochs:
+        return 1.0
+    return linear(0.0, 1.0, share_of(progress.epoch - waiting_epochs, warmup_epochs))
+
+
+def withhold(optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """No gradient for groups that wait: neither their weights nor their averages move, and clipping looks past them."""
+    for group in optimizer.param_groups:
+        if progress.epoch < group["waiting_epochs"]:
+            for parameter in group["params"]:
+                parameter.grad = None

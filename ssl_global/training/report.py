@@ -62,6 +62,9 @@ def baselines(figures: dict[str, float]) -> str:
         "knn_untrained": "k-NN of the untrained encoder",
         "knn_pixels": "k-NN of raw pixels",
         "linear_untrained": "linear probe of the untrained encoder",
+        "knn_start": "k-NN of the encoder that it begins from",
+        "linear_start": "linear probe of the encoder that it begins from",
+        "rankme_start": "RankMe of the encoder that it begins from",
     }
     return f"before training: {', '.join(f'{names[key]} {value:.3f}' for key, value in figures.items())}\n"
 
@@ -71,12 +74,21 @@ def summary(figures: dict[str, Any]) -> list[str]:
     lines = [f"done: {figures['steps']} steps, {figures['images']} images in {figures['seconds']:.0f} s of training"]
     for judge, name in (("knn", "k-NN"), ("linear", "linear probe")):
         if figures.get(judge) is not None:
-            untrained = figures[f"{judge}_untrained"]
-            gain = f"{100 * (figures[judge] - untrained):+.1f} points over the untrained encoder's {untrained:.3f}"
+            gain = over_start(figures, judge)
             pixels = f", raw pixels {figures['knn_pixels']:.3f}" if judge == "knn" else ""
             lines.append(f"{name} {figures[judge]:.3f}: {gain}{pixels}")
     export = figures["export"]
     return [*lines, f'export {export}: timm.create_model("local-dir:{export}", pretrained=True)']
+
+
+def over_start(figures: dict[str, Any], judge: str) -> str:
+    """What the run added to what it began with."""
+    began = figures.get(f"{judge}_start")
+    start = figures[f"{judge}_untrained"] if began is None else began
+    points = f"{100 * (figures[judge] - start):+.1f} points over"
+    if began is None:
+        return f"{points} the untrained encoder's {start:.3f}"
+    return f"{points} the {start:.3f} of the encoder that it began from"
 
 
 def provenance() -> dict[str, Any]:
