@@ -9,8 +9,8 @@ et al. 2022, "FlexiViT", https://arxiv.org/abs/2212.08013), a window's position 
 geometrically, as BEiT does), input channels (repeated and scaled; one channel gets their sum).
 
 An encoder gets all its tensors, or the run does not begin. Only what such weights may lack stays new: registers, and
-the global tokens of a Swin with all that reads and writes them. Heads and decoders are not taken from anywhere: they are
-trained first, while the encoder waits (encoder.frozen_epochs).
+the global tokens of a Swin with all that reads and writes them. Heads and decoders are not taken from anywhere: they
+learn first, while the encoder waits (encoder.frozen_epochs).
 """
 
 import json
@@ -59,11 +59,12 @@ def read(weights: str) -> Weights:
         tags = timm.list_pretrained(f"{architecture}.*")
         example = f", as {tags[0]}" if tags else "; it has none"
         raise wrong(FIELD, weights, f"a timm name without a tag has no weights; with its .tag it would{example}")
+    published = weights.removeprefix("global_")  # a plain Swin's: there are no others, and new tokens would be random
     try:
-        # A plain Swin's: those with global tokens have no others, and would come with new ones that are random.
-        return Weights(weights, weights_of(weights.removeprefix("global_")), of=architecture)
+        return Weights(weights, weights_of(published), of=architecture)
     except UserError as error:
-        raise wrong(FIELD, weights, f"cannot be fetched: {error}") from error
+        said = str(error).removeprefix(f"{published}: its weights cannot be loaded: ")
+        raise wrong(FIELD, weights, f"cannot be fetched: {said}") from error
 
 
 def of_folder(weights: str, folder: Path) -> Weights:
@@ -83,9 +84,14 @@ def of_file(weights: str, file: Path) -> dict[str, Tensor]:
     try:
         found = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # of many kinds: safetensors', torch's, the pickle's, or of a file of another kind
-        if "Weights only load failed" in str(error):
-            raise wrong(FIELD, weights, "a pickle that needs code to be read, or none at all: not read") from error
-        raise wrong(FIELD, weights, f"{file.name} cannot be read, is it whole? {said_by(error)}") from error
+        if "weights_only=True blocked" in str(error):  # timm's words
+            raise wrong(
+                FIELD, weights, "a pickle that needs code to be run: it is not read; tensors alone are"
+            ) from error
+        said = said_by(error).partition(". ")[0]
+        raise wrong(
+            FIELD, weights, f"{file.name} cannot be read, is it whole? {type(error).__name__}: {said}"
+        ) from error
     tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if not tensors:
         others = ", ".join(map(str, list(found)[:NAMED]))
