@@ -16,6 +16,7 @@ learn first, while the encoder waits (encoder.frozen_epochs).
 import json
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,7 @@ def of_file(weights: str, file: Path) -> dict[str, Tensor]:
         found = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # of many kinds: safetensors', torch's, the pickle's, or of a file of another kind
         if "weights_only=True blocked" in str(error):  # timm's words
-            raise wrong(
-                FIELD, weights, "a pickle that needs code to be run: it is not read; tensors alone are"
-            ) from error
+            raise wrong(FIELD, weights, "a pickle that needs code to be run, or no weights at all: not read") from error
         said = said_by(error).partition(". ")[0]
         raise wrong(
             FIELD, weights, f"{file.name} cannot be read, is it whole? {type(error).__name__}: {said}"
@@ -123,7 +122,9 @@ def fitted(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
     resampled = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda state, model: state)
     tensors = renamed(weights.tensors, model.state_dict())
     try:
-        found: dict[str, Tensor] = resampled(with_places(with_channels(tensors, model), model), model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="timm|scipy|torch")  # of how their resizing is written
+            found: dict[str, Tensor] = resampled(with_places(with_channels(tensors, model), model), model)
     except Exception as error:  # whatever shapes do to timm's filter
         raise wrong(
             FIELD, weights.where, f"not of a {type(model).__name__}: {said_by(error)}{hint(weights)}"

@@ -201,8 +201,8 @@ def files(folder):
 REFUSED = {
     "cut.safetensors": r"cut\.safetensors cannot be read, is it whole\? SafetensorError",
     "cut.pth": r"cut\.pth cannot be read, is it whole\?",
-    "text.pth": r"text\.pth cannot be read",
-    "code.pth": "a pickle that needs code to be run: it is not read",
+    "text.pth": "or no weights at all: not read",
+    "code.pth": "a pickle that needs code to be run, or no weights",
     "empty.pth": "holds no tensors under state_dict or model, but epoch",
     "resnet.safetensors": r"none of its \d+ tensors \(bn1.* and \d+ more\) is a VisionTransformer's \(cls_token, ",
     "deeper.safetensors": r"has blocks\.2\.attn.* and 9 more, which this VisionTransformer has not: other sizes",

@@ -32,6 +32,8 @@ def twenty_losses(name: str, out: Path) -> list[float]:
     ]  # fmt: skip
     if name.startswith("dino"):
         words.append("--method.freeze-prototypes-epochs=0.1")
+    if name == "hires":  # without the run that it would begin from
+        words += ["--encoder.weights=None", "--train.global-batch=16"]
     if name in TUNING:
         words += [] if name == "finetune" else ["--train.global-batch=16"]  # the others take longer
         finetune([*words, f"--val={val}", "--log-with"])
