@@ -27,8 +27,9 @@ from torch import Tensor
 from ssl_global.data.randomness import seeded
 from ssl_global.encoders.pretrained import Pretrained
 from ssl_global.errors import wrong
-from ssl_global.finetuning.layers import layer_scales, layered
+from ssl_global.finetuning.layers import layered
 from ssl_global.finetuning.tuned import Tuned, TunedConfig
+from ssl_global.methods.layers import layer_scales
 from ssl_global.methods.method import Batch, ParameterGroup
 from ssl_global.methods.teacher import follow, move_teacher
 from ssl_global.recipe import in_range

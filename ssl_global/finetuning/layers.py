@@ -1,21 +1,13 @@
-"""Learning rates that fall from the head towards the input: a layer's is the next one's times a decay (BEiT; timm)."""
+"""What learns how fast in fine-tuning: layers, attention modules, gates."""
 
 import re
 from collections.abc import Collection
 
-from timm.models import group_parameters
 from torch import nn
 
 from ssl_global.attention.attach import Attachment
+from ssl_global.methods.layers import grouped
 from ssl_global.methods.method import ParameterGroup
-
-
-def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Of each parameter that timm's model counts to a layer, by its name; others learn at the full rate."""
-    matcher = getattr(model, "group_matcher", None)
-    layers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True) if matcher else {}
-    last = max(layers.values(), default=0)
-    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
 def of_maps(scales: dict[str, float], names: Collection[str]) -> dict[str, float]:
@@ -39,13 +31,10 @@ def layered(
     gates = {id(p) for one in attachment.places.values() for p in one.attention.gate_parameters()}
     attached = {id(p) for p in attachment.parameters()}
     undecayed: Collection[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    learning = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         scale = 1.0 if id(parameter) in attached else scales.get(name, 1.0)
         scale = gate_lr_times if id(parameter) in gates else scale
         decays = parameter.ndim > 1 and name not in undecayed and id(parameter) not in gates
-        group = groups.setdefault((decays, scale), {"params": [], "decays": decays, "lr_scale": scale})
-        group["params"].append(parameter)
-    return list(groups.values())
+        learning.append((parameter, decays, scale))
+    return grouped(learning)

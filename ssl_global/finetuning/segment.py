@@ -20,10 +20,11 @@ from ssl_global.encoders.pretrained import PretrainedConfig, load_all_but, said_
 from ssl_global.errors import UserError, wrong
 from ssl_global.finetuning import heads
 from ssl_global.finetuning.heads.auxiliary import WEIGHT
-from ssl_global.finetuning.layers import layer_scales, layered, of_maps, plain_name
+from ssl_global.finetuning.layers import layered, of_maps, plain_name
 from ssl_global.finetuning.losses import pixel_loss
 from ssl_global.finetuning.segmenter import Segmenter, SegmenterSpec
 from ssl_global.finetuning.tuned import Tuned, TunedConfig
+from ssl_global.methods.layers import layer_scales
 from ssl_global.methods.method import Batch, ParameterGroup
 from ssl_global.schedules import Progress
 

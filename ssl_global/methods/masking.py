@@ -1,5 +1,8 @@
 """Which patches an encoder does not see. `hidden` is bool and True means hidden, everywhere."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,3 +74,56 @@ def mix(x: Tensor) -> Tensor:
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """A logical shift; torch's own keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+# ----------------------------------------------------------------------------------------------- blocks, on the CPU
+
+TRIES = 10  # places that a block is tried at before the rest is hidden patch by patch (BEiT's code)
+SMALLEST_BLOCK = 4  # patches (BEiT, algorithm 1: 16 of 14 x 14; DINOv2's code: 4)
+LONGEST_SIDE = 1 / 0.3  # times the other one (BEiT, algorithm 1)
+
+
+def block_hidden(
+    seeds: Sequence[int], grid: tuple[int, int], *, view: int, share: float, ratios: tuple[float, float]
+) -> Tensor:
+    """Blocks of patches of some images (Bao et al. 2021, BEiT, algorithm 1): bool (B, rows, cols), on the CPU.
+
+    seeds   of the images; what is hidden of one depends on its seed and the view's number only
+    share   of the images that have hidden patches at all, in the mean: each by itself
+    ratios  smallest and largest share of such an image's patches, evenly drawn between; exactly so many are hidden
+            (rounded down), at least one
+
+    On the CPU because there the number of hidden patches, which differs from image to image, is known without waiting
+    for a device. Slowly: hide blocks of random size, shape and place until there is no room for a further one, then
+    single patches, as DINOv3's code does.
+    """
+    hidden_BRS = np.zeros((len(seeds), *grid), dtype=bool)
+    for hidden_RS, seed in zip(hidden_BRS, seeds, strict=True):
+        random = np.random.Generator(np.random.Philox(key=[seed, view]))
+        if random.random() < share:
+            hide_blocks(hidden_RS, max(int(hidden_RS.size * random.uniform(*ratios)), 1), random)
+    return torch.from_numpy(hidden_BRS)
+
+
+def hide_blocks(hidden_RS: np.ndarray, count: int, random: np.random.Generator) -> None:
+    """Exactly `count` patches of one image, in place, of which none is hidden yet."""
+    while count and (found := a_block(hidden_RS, count, random)) is not None:
+        count -= found.size - int(found.sum())
+        found[:] = True
+    hidden_RS.flat[random.choice(np.flatnonzero(~hidden_RS), size=count, replace=False)] = True
+
+
+def a_block(hidden_RS: np.ndarray, most: int, random: np.random.Generator) -> np.ndarray | None:
+    """The part of the grid where a block may lie that hides 1 to `most` patches more; None if none was met."""
+    rows, cols = hidden_RS.shape
+    for _ in range(TRIES):
+        area = random.uniform(min(SMALLEST_BLOCK, most), most)
+        shape = LONGEST_SIDE ** random.uniform(-1, 1)
+        high, wide = max(round((area * shape) ** 0.5), 1), max(round((area / shape) ** 0.5), 1)
+        if high > rows or wide > cols:
+            continue
+        top, left = random.integers(rows - high + 1), random.integers(cols - wide + 1)
+        block = hidden_RS[top : top + high, left : left + wide]
+        if 0 < block.size - block.sum() <= most:
+            return block
+    return None

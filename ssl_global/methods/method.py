@@ -40,6 +40,11 @@ class Method(nn.Module):
     before after_step: whatever forward has kept of it must be dropped by the next begin_step.
     """
 
+    def looks_ahead(self) -> bool:
+        """Whether forward must know all parts of a step's batch: where there are several, the loop then calls
+        forward(batch, progress, ahead=True) with each of them, without gradient, before the first one's turn."""
+        return False
+
     def begin_step(self, progress: Progress) -> None:
         """Before the first forward of an optimizer step."""
 

@@ -42,4 +42,6 @@ class Centre(nn.Module):
         total = torch.cat([self.logit_sum, self.logit_sum.new_tensor([self.num_logits])])
         if dist.is_initialized():
             dist.all_reduce(total)
-        self.value.lerp_(total[:-1] / total[-1], 1 - momentum)
+        # Without a logit in the whole step, as where no patch was hidden, it stays.
+        mean = torch.where(total[-1] > 0, total[:-1] / total[-1], self.value)
+        self.value.lerp_(mean, 1 - momentum)

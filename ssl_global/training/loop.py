@@ -97,19 +97,17 @@ def train(run: Run) -> Ending:
         lr = set_rates(run.optimizer, recipe.optim, plan.global_batch, progress)
         seed_step(recipe.seed, state.step, accelerator.process_index)
         method.begin_step(progress)
+        parts = parts_of_step(run, meter)
+        if method.looks_ahead() and plan.accumulate > 1:
+            parts = look_ahead(run, list(parts), progress)
         outputs = []
-        for part in range(plan.accumulate):
-            watch.at(state.step, "waiting for data")
-            with meter.waiting():
-                loaded = next(run.batches)
-            watch.at(state.step, "forward and backward")
-            run.bad_samples.see(loaded["bad"], loaded["lost"])
-            pieces: list[Any] = method.pieces(cast(Batch, to_device(loaded, recipe, accelerator.device)))
-            for number, batch in enumerate(pieces, start=1):
-                last = (part, number) == (plan.accumulate - 1, len(pieces))
+        for part, batch in enumerate(parts, start=1):
+            pieces = method.pieces(batch)
+            for number, piece in enumerate(pieces, start=1):
+                last = (part, number) == (plan.accumulate, len(pieces))
                 with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
                     with precision(accelerator, recipe):
-                        output = run.model(batch, progress)
+                        output = run.model(piece, progress)
                     accelerator.backward(output["loss"] / plan.accumulate)
                 outputs.append({name: value.detach() for name, value in output.items()})
         method.gradients_done(progress)
@@ -171,6 +169,25 @@ def train(run: Run) -> Ending:
         run.save(wait=True)
     run.writer.settle(must=True)
     return "done" if state.step == plan.num_steps else "stopped"
+
+
+def parts_of_step(run: Run, meter: "Meter") -> Iterator[Batch]:
+    """The micro-batches of a step, on the device."""
+    for _ in range(run.plan.accumulate):
+        run.watch.at(run.state.step, "waiting for data")
+        with meter.waiting():
+            loaded = next(run.batches)
+        run.watch.at(run.state.step, "forward and backward")
+        run.bad_samples.see(loaded["bad"], loaded["lost"])
+        yield cast(Batch, to_device(loaded, run.recipe, run.accelerator.device))
+
+
+def look_ahead(run: Run, parts: list[Batch], progress: Progress) -> Iterator[Batch]:
+    """The same parts, after the method has seen them all without gradient."""
+    with torch.no_grad(), precision(run.accelerator, run.recipe):
+        for batch in parts:
+            run.model(batch, progress, ahead=True)
+    return iter(parts)
 
 
 def judge(run: Run) -> bool:
