@@ -93,7 +93,7 @@ def demo() -> Recipe:
             globals=replace(paper.views.globals, pixels=32, area=(0.2, 1.0), saturation=0.0, hue=0.0, grey=0.0),
             locals=replace(paper.views.locals, pixels=16, area=(0.05, 0.3), count=4, saturation=0.0, hue=0.0, grey=0.0),
         ),
-        encoder=GlobalSwinConfig(patch=2, width=48, depths=(1, 1, 2), heads=(2, 4, 8), window=4, pool="token"),
+        encoder=GlobalSwinConfig(patch=4, width=96, depths=(1, 3), heads=(4, 8), window=4, pool="token"),
         method=replace(
             paper.method,
             prototypes=1024, head_hidden=512, head_bottleneck=128, teacher_momentum=(0.99, 1.0),

@@ -58,7 +58,7 @@ def test_options_that_a_recipe_offers_go_with_it(name):
     """The lines of its head that are nothing but options."""
     head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
     offers = [line.split() for line in head.splitlines() if line.startswith("    --")]
-    assert len(offers) == {"mae_swin": 2, "dino_swin": 1, "small_resnet": 5}.get(name, 0)
+    assert len(offers) == {"mae_swin": 2, "dino_swin": 1, "dinov2": 4, "dinov2_swin": 1, "small_resnet": 5}.get(name, 0)
     for words in offers:
         command, _ = parse(["--recipe", f"{name}:recipe", *words], Finetune if name in TUNING else Command)
         command.settings.check()

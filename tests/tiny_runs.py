@@ -26,10 +26,15 @@ DINO = [
     "--method.head-hidden=32", "--method.head-bottleneck=16", "--method.freeze-prototypes-epochs=1",
 ]  # fmt: skip
 MAE = ["--views.globals.pixels=16", "--method.decoder-width=32", "--method.decoder-depth=1"]
+DINOV2 = [
+    *DINO, "--method.koleo-images=2", "--method.separate-heads", "--method.layer-decay=0.8", "--method.gram-weight=2",
+    "--method.gram-every-steps=3",
+]  # fmt: skip
 TINY = {
     "dino": [*DINO, *VIT, "--encoder.patch=8"],
     "mae": [*MAE, *VIT, "--encoder.patch=4"],
     "dino_swin": [*DINO, *SWIN, "--method.region-loss"],
+    "dinov2": [*DINOV2, *VIT, "--encoder.patch=4"],
     "mae_swin": [*MAE, *SWIN, "--method.secondary-ratio=0.25"],
 }
 EVERY = [
