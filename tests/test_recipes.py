@@ -79,6 +79,15 @@ def test_the_papers_numbers():
     assert (dino.method.prototypes, dino.method.teacher_momentum) == (65_536, (0.996, 1.0))
     assert (dino.views.globals.count, dino.views.locals.count) == (2, 8)
     assert (dino.views.globals.blur, dino.views.globals.solarize) == ((1.0, 0.1), (0.0, 0.2))
+    dinov2, ibot = load_recipe("dinov2", "recipe"), load_recipe("dinov2_swin", "recipe")
+    assert dinov2.optim.lr_per_256_images * 2048 / 256 == pytest.approx(0.004 * (2048 / 1024) ** 0.5, rel=1e-3)
+    assert (dinov2.method.hidden_share, dinov2.method.hidden_ratio, dinov2.method.koleo_weight) == (
+        0.5,
+        (0.1, 0.5),
+        0.1,
+    )
+    assert (dinov2.method.layer_decay, dinov2.method.patch_embed_lr, dinov2.encoder.drop_path) == (0.9, 0.2, 0.3)
+    assert (ibot.train.global_batch, ibot.train.epochs, ibot.method.prototypes) == (1040, 300, 8192)
     small, swin = load_recipe("small_resnet", "recipe"), load_recipe("global_swin_tune", "recipe")
     assert (small.train.global_batch, small.data.mean, small.data.std) == (64, (0.5,) * 3, (0.5,) * 3)
     assert (swin.train.epochs, swin.optim.warmup_epochs, swin.optim.clip_norm) == (30, 5, 5.0)

@@ -27,8 +27,8 @@ DINO = [
 ]  # fmt: skip
 MAE = ["--views.globals.pixels=16", "--method.decoder-width=32", "--method.decoder-depth=1"]
 DINOV2 = [
-    *DINO, "--method.koleo-images=2", "--method.separate-heads", "--method.layer-decay=0.8", "--method.gram-weight=2",
-    "--method.gram-every-steps=3",
+    *DINO, "--method.koleo-images=2", "--method.centring=sinkhorn", "--method.separate-heads",
+    "--method.layer-decay=0.8", "--method.gram-weight=2", "--method.gram-every-steps=3",
 ]  # fmt: skip
 TINY = {
     "dino": [*DINO, *VIT, "--encoder.patch=8"],

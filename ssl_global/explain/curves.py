@@ -205,7 +205,10 @@ class Wanted:
 
 
 LEARNING = (
-    Wanted("Loss", {"loss": "loss", "view_loss": "of views", "region_loss": "of regions"}),
+    Wanted(
+        "Loss",
+        {"loss": "loss", "view_loss": "of views", "region_loss": "of regions", "patch_loss": "of hidden patches"},
+    ),
     Wanted(
         "Accuracy of k-NN and linear probe",
         {"knn": "k-NN", "linear": "linear probe"},

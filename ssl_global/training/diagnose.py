@@ -18,9 +18,16 @@ def where_not_finite(model: nn.Module, method: Method, batch: Batch, progress: P
 
     All processes must call it. The model is as it was afterwards, its hooks too.
     """
-    found = [*bad_parameters(method), *bad_views(batch)] or bad_outputs(model, method, batch, progress)
-    found = found or ["weights, images and outputs are finite: the gradient overflowed on the way back"]
-    mine = [f"process {dist.get_rank() if dist.is_initialized() else 0}: {line}" for line in found]
+    # The model may wait for the other processes: none of them may call it alone.
+    if found := of_all([*bad_parameters(method), *bad_views(batch)]):
+        return found
+    last = "weights, images and outputs are finite: the gradient overflowed on the way back"
+    return of_all(bad_outputs(model, method, batch, progress) or [last])
+
+
+def of_all(mine: list[str]) -> list[str]:
+    """The lines of all processes, each with its number."""
+    mine = [f"process {dist.get_rank() if dist.is_initialized() else 0}: {line}" for line in mine]
     everyone = [mine]
     if dist.is_initialized():
         everyone = [[] for _ in range(dist.get_world_size())]
