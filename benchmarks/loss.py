@@ -17,9 +17,8 @@ from torch import Tensor
 
 from benchmarks.measure import alone, compare, report, resident
 from benchmarks.reference.dino import Loss
-from ssl_global.methods.dino import log_probabilities
 from ssl_global.methods.dino_loss import dino_loss
-from ssl_global.methods.teacher import Centre
+from ssl_global.methods.teacher import Centre, log_probabilities
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 VIEWS, GLOBAL = 10, 2

@@ -1,6 +1,7 @@
 """The main job: from images without labels to a backbone that timm loads. How it goes is in training/job.py."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ssl_global import command_line
@@ -30,7 +31,7 @@ def pretrain(command: Command, overridden: dict[str, object]) -> None:
 def settle(recipe: Recipe, train: Source | Stream, val: Source | None) -> Recipe:
     if isinstance(recipe.encoder, PretrainedConfig):
         raise UserError("--recipe: a recipe for finetune.py, whose backbone hides nothing and has no views to match")
-    return recipe  # any images will do
+    return replace(recipe, method=recipe.method.settled(recipe))
 
 
 def begin(method: Method, recipe: Recipe) -> list[str]:

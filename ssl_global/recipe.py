@@ -208,6 +208,11 @@ class MethodConfig:
         """How many images of a batch must not be parted from each other: a process takes multiples of it."""
         return 1
 
+    def settled(self, recipe: "Recipe") -> "MethodConfig":
+        """With what other files say of it, once, before the run's folder is touched. Raises UserError if they cannot be
+        read."""
+        return self
+
     def build(self, recipe: "Recipe") -> "Method":
         raise NotImplementedError
 
@@ -387,6 +392,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.workers",
         "data.worker_kind",
         "data.max_bad_fraction",
+        "method.teacher",  # where it lies; which one it is method.teacher_hash says
         "train.micro_batch",
         "train.compile",
         "train.recompute_activations",

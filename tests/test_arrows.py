@@ -63,7 +63,7 @@ def test_only_training_and_the_job_import_accelerate():
 
 
 def test_methods_know_neither_each_other_nor_the_loop_and_the_loop_names_none():
-    methods = {"mae", "dino", "dinov2"}
+    methods = {"mae", "dino", "dinov2", "consistency", "distill"}
     modules = {f"ssl_global.methods.{name}" for name in methods}
     for name in methods:
         found = imports(ROOT / "ssl_global" / "methods" / f"{name}.py")

@@ -43,6 +43,11 @@ class Encoder(nn.Module):
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def patch_width(self) -> int:
+        """Of Tokens.patches."""
+        return self.width
+
     def encode(
         self,
         images: Tensor,

@@ -87,7 +87,7 @@ class Classify(Tuned):
         self.class_weights: Tensor
         self.register_buffer("class_weights", weights, persistent=False)
 
-    def new_backbone(self, recipe: "Recipe") -> Pretrained:
+    def new_backbone(self, recipe: "Recipe", what: str | None = None) -> Pretrained:
         return classifier(self.config, recipe)
 
     def begin_from(self, weights: str) -> None:

@@ -73,7 +73,7 @@ class Segment(Tuned):
     def __init__(self, config: SegmentConfig, recipe: "Recipe") -> None:
         super().__init__(config, segmenter(config, recipe))
 
-    def new_backbone(self, recipe: "Recipe") -> Segmenter:
+    def new_backbone(self, recipe: "Recipe", what: str | None = None) -> Segmenter:
         return segmenter(self.config, recipe)
 
     def begin_from(self, weights: str) -> None:

@@ -14,6 +14,10 @@ average of the teacher's mean logit, the same on every process. All three are in
 With `region_loss` patches are compared too, each with the most similar one of the teacher's view (EsViT, Li et al.
 2021, https://arxiv.org/abs/2106.09785); both losses count half, and regions have a head and a centre of their own.
 
+With `consistency_weight` the student's global and local views must find each other among all images' as well
+(methods/consistency_loss.py), through a projector that exists only then. That term's negatives are the images that all
+processes look at at once: under accumulation it is not what the whole batch would have.
+
 Not as in the paper's code: the prototypes' norms are always fixed at 1 (its option norm_last_layer, which larger runs
 there turn off); the gradient is clipped by its global norm, not tensor by tensor; the teacher's temperature
 rises with each step, not with each epoch; the centre is reduced in the step that made it, so that a run stopped between
@@ -29,10 +33,11 @@ from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import wrong
+from ssl_global.methods.consistency_loss import consistency_loss
 from ssl_global.methods.dino_loss import dino_loss
-from ssl_global.methods.heads import PrototypeHead
+from ssl_global.methods.heads import Projector, PrototypeHead
 from ssl_global.methods.method import Batch, Method
-from ssl_global.methods.teacher import Centre, follow, move_teacher
+from ssl_global.methods.teacher import Centre, follow, log_probabilities, move_teacher
 from ssl_global.recipe import MethodConfig, Recipe, in_range, not_longer_than_run
 from ssl_global.schedules import Progress, cosine, linear, share_of
 
@@ -49,6 +54,8 @@ class DinoConfig(MethodConfig):
     centre_momentum: float = 0.9  # of the teacher's mean logit
     freeze_prototypes_epochs: float = 1.0  # the last layer gets no gradient until then
     region_loss: bool = False  # match the patches of views too, with a head of their own (Li et al. 2021, EsViT)
+    consistency_weight: float = 0.0  # of InfoNCE between global and local views, added to the loss; 0: none
+    consistency_temp: float = 0.1  # divides the cosines there
 
     def check(self, recipe: Recipe) -> None:
         if self.prototypes < 2:
@@ -70,6 +77,15 @@ class DinoConfig(MethodConfig):
             raise wrong(
                 "views.globals.count", recipe.views.globals.count, "DINO compares views: at least 2 of each image"
             )
+        self.check_consistency(recipe)
+
+    def check_consistency(self, recipe: Recipe) -> None:
+        if self.consistency_weight < 0:
+            raise wrong("method.consistency_weight", self.consistency_weight, "0 (none) or more")
+        if self.consistency_temp <= 0:
+            raise wrong("method.consistency_temp", self.consistency_temp, "above 0; the sources' is 0.1")
+        if self.consistency_weight and recipe.views.locals.count < 1:
+            raise wrong("method.consistency_weight", self.consistency_weight, "0, or views.locals.count 1 or more")
 
     def splits_views(self) -> bool:
         return True
@@ -77,6 +93,9 @@ class DinoConfig(MethodConfig):
     def check_durations(self, epochs: float) -> None:
         not_longer_than_run("method.teacher_temp_warmup_epochs", self.teacher_temp_warmup_epochs, epochs)
         not_longer_than_run("method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, epochs)
+
+    def images_together(self) -> int:
+        return 2 if self.consistency_weight else 1  # an image alone has no negatives
 
     def build(self, recipe: Recipe) -> "Dino":
         student = recipe.encoder.build(recipe)
@@ -105,6 +124,9 @@ class Dino(Method):
         follow(self.teacher, self.student)
         self.centre = Centre(config.prototypes)
         self.region_centre = Centre(config.prototypes) if config.region_loss else None
+        self.projector: Projector | None = None
+        if config.consistency_weight:
+            self.projector = Projector(student.width, hidden=config.head_hidden, out=config.head_bottleneck)
 
     def centres(self) -> list[Centre]:
         return [self.centre] if self.region_centre is None else [self.centre, self.region_centre]
@@ -147,6 +169,13 @@ class Dino(Method):
             by_region = region_loss(student, targets.regions, student_temp=temp, first=first, num_views=num_views)
             figures |= {"view_loss": loss.detach(), "region_loss": by_region.detach()}
             loss = (loss + by_region) / 2
+        if self.projector is not None:
+            projected_VBD = self.projector(student.summaries).unflatten(0, (len(views), -1))
+            between = consistency_loss(
+                projected_VBD[:num_global], projected_VBD[num_global:], temp=config.consistency_temp
+            )
+            figures["consistency_loss"] = between.detach()
+            loss = loss + config.consistency_weight * between
         return {"loss": loss, **figures}
 
     @torch.no_grad()
@@ -181,7 +210,8 @@ class Dino(Method):
 class Said:
     """What student or teacher say of views."""
 
-    logits: Tensor  # (V * B, K), view by view
+    summaries: Tensor  # (V * B, D), view by view
+    logits: Tensor  # (V * B, K)
     patches: list[Tensor]  # of each view (B, N, D); none without a region loss
     region_logits: list[Tensor]  # of each view (B, N, K); none without a region loss
 
@@ -219,15 +249,8 @@ class Distiller(nn.Module):
                     patches += tokens.patches.chunk(stop - start)
                 start = stop
         regions = [self.region_head(view) for view in patches] if self.region_head is not None else []
-        return Said(self.head(torch.cat(summaries)), patches, regions)
-
-
-def log_probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
-    """(..., K), float32: the teacher's, centred and sharpened; the centre hears of the logits. Without gradient."""
-    logits = logits.float()
-    centre.add(logits)
-    z = (logits - centre.value).div_(temp)  # in place from here on: it is as large as the logits
-    return z.sub_(z.logsumexp(-1, keepdim=True))
+        summaries_all = torch.cat(summaries)
+        return Said(summaries_all, self.head(summaries_all), patches, regions)
 
 
 def region_loss(

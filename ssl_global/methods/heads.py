@@ -36,6 +36,19 @@ class PrototypeHead(nn.Module):
         return F.linear(F.normalize(self.mlp(summary), dim=-1), prototypes)
 
 
+class Projector(nn.Module):
+    """SimCLR's head: one hidden layer (Chen et al. 2020, https://arxiv.org/abs/2002.05709, section 4.2)."""
+
+    def __init__(self, width: int, *, hidden: int, out: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """(B, D) -> (B, out)."""
+        projected: Tensor = self.mlp(summary)
+        return projected
+
+
 class UnitRows(torch.autograd.Function):
     """Each row w of a matrix at length 1: u = w / |w|, and dw = (du - u (u . du)) / |w|, some rows at a time.
 

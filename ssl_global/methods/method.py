@@ -45,6 +45,9 @@ class Method(nn.Module):
         forward(batch, progress, ahead=True) with each of them, without gradient, before the first one's turn."""
         return False
 
+    def fetch(self, recipe: "Recipe") -> None:
+        """At every start of a run, also of one that goes on: reads what lies elsewhere and is in no checkpoint."""
+
     def begin_step(self, progress: Progress) -> None:
         """Before the first forward of an optimizer step."""
 
@@ -71,8 +74,9 @@ class Method(nn.Module):
             {"params": [p for p in learning if p.ndim <= 1], "decays": False, "lr_scale": 1.0},
         ]
 
-    def new_backbone(self, recipe: "Recipe") -> Encoder:
-        """One more of those that `backbones` has, with the same tensors, untrained."""
+    def new_backbone(self, recipe: "Recipe", what: str | None = None) -> Encoder:
+        """One more of those that `backbones` has, with the same tensors, untrained: the one of that name, or the first
+        (None)."""
         return recipe.encoder.build(recipe)
 
     def begin_with(self, weights: from_weights.Weights) -> list[str]:

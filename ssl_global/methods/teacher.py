@@ -45,3 +45,11 @@ class Centre(nn.Module):
         # Without a logit in the whole step, as where no patch was hidden, it stays.
         mean = torch.where(total[-1] > 0, total[:-1] / total[-1], self.value)
         self.value.lerp_(mean, 1 - momentum)
+
+
+def log_probabilities(logits: Tensor, centre: Centre, temp: float) -> Tensor:
+    """(..., K), float32: the teacher's, centred and sharpened; the centre hears of the logits. Without gradient."""
+    logits = logits.float()
+    centre.add(logits)
+    z = (logits - centre.value).div_(temp)  # in place from here on: it is as large as the logits
+    return z.sub_(z.logsumexp(-1, keepdim=True))

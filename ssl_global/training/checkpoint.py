@@ -504,7 +504,7 @@ def load_encoder(run: Path, what: str | None) -> tuple[Recipe, str, Encoder]:
         saved = {name: facts for name, facts in kept.table().items() if name.startswith(f"{METHOD}{prefix}.")}
         own = {f"{METHOD}{prefix}.{key}": tensor for key, tensor in backbones[name].state_dict().items()}
         refuse_other_tensors(table(own), saved, folder)  # first: what is no larger than its files can be built
-        encoder = outline.new_backbone(recipe)
+        encoder = outline.new_backbone(recipe, name)
         for key, tensor in encoder.state_dict().items():
             tensor.copy_(kept.read(f"{METHOD}{prefix}.{key}"))
     return recipe, name, encoder.eval()

@@ -127,6 +127,7 @@ def learn(
     if not found:
         for line in job.begin(method, recipe):
             say(line)
+    method.fetch(recipe)
     bare_optimizer = build_optimizer(method, recipe.optim, waiting_epochs=recipe.encoder.waiting_epochs())
     model, optimizer = engine.prepare(accelerator, method, bare_optimizer, recipe)
     say(f"memory {engine.state_bytes(method) / 1e6:.1f} MB of weights and averages on each process")

@@ -260,7 +260,9 @@ def test_the_region_loss_is_the_slow_loop(sizes, num_global, k):
 
     def said(views, logits):
         of = [torch.randn(2, n, 6, generator=generator) for n in views]
-        return Said(torch.zeros(1), of, [logits(torch.randn(2, n, k, generator=generator)) for n in views])
+        return Said(
+            torch.zeros(1), torch.zeros(1), of, [logits(torch.randn(2, n, k, generator=generator)) for n in views]
+        )
 
     student = said(sizes, lambda x: x.requires_grad_())
     teacher = said(sizes[:num_global], lambda x: (5 * x).softmax(-1))
