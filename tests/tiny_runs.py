@@ -9,8 +9,11 @@ from pathlib import Path
 import psutil
 import torch
 import warm
+from recipes_under_test import load_recipe
 
 from ssl_global.data.files import read_json_lines
+from ssl_global.encoders.vit import Vit, VitConfig
+from ssl_global.export import export
 from ssl_global.training.sharded import Sharded
 
 ROOT = warm.ROOT
@@ -37,6 +40,17 @@ TINY = {
     "dinov2": [*DINOV2, *VIT, "--encoder.patch=4"],
     "mae_swin": [*MAE, *SWIN, "--method.secondary-ratio=0.25"],
 }
+# Methods that test_distill_runs.py and test_consistency_runs.py walk, and no other.
+FURTHER = {
+    "consistency": [
+        *DINO[:3],
+        *VIT,
+        "--encoder.patch=8",
+        "--method.projector-hidden=32",
+        "--method.projector-width=16",
+    ],
+    "distill": [*DINO[:-1], *VIT, "--encoder.patch=8"],
+}
 EVERY = [
     "--train.global-batch=12", "--train.epochs=None", "--train.steps=8", "--optim.warmup-epochs=1", "--log.every=1",
     "--eval.every=100", "--checkpoint.every=3", "--data.workers=0", "--device=cpu",
@@ -44,7 +58,23 @@ EVERY = [
 
 
 def arguments(method: str, data: Path | str, out: Path, *more: str) -> list[str]:
-    return [f"--recipe={method}:demo", f"--data={data}", f"--out={out}", *EVERY, *TINY[method], *more, "--log-with"]
+    return [
+        f"--recipe={method}:demo",
+        f"--data={data}",
+        f"--out={out}",
+        *EVERY,
+        *(TINY | FURTHER)[method],
+        *more,
+        "--log-with",
+    ]
+
+
+def tiny_teacher(folder: Path, *, seed: int = 0) -> Path:
+    """An export to distil from: a ViT of four patches a side at 16 pixels, of another width than the tiny students."""
+    torch.manual_seed(seed)
+    config = VitConfig(name="vit_tiny_patch16_224", patch=4, width=48, depth=1, heads=3)
+    recipe = load_recipe("dino", "demo")
+    return export(Vit(config, pixels=16, channels=3), folder, recipe=recipe, summary={}, what="teacher")
 
 
 def start(words, *, processes=2, max_restarts=0, script="pretrain.py"):

@@ -17,11 +17,12 @@ gradient goes back to the process whose view it is. So the mean over processes o
 gradients, which DDP and FSDP2 take, is what one process with all N images would have (tested over gloo).
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def consistency_loss(global_GBD: Tensor, local_LBD: Tensor, *, temp: float) -> Tensor:
@@ -68,10 +69,33 @@ def info_nce(anchor_ABD: Tensor, other_PND: Tensor, temp: float) -> Tensor:
 
 
 def of_all_processes(views_VBD: Tensor) -> Tensor:
-    """(V, N, D), the first process's images first. Gradients are summed over the processes that looked."""
+    """(V, N, D), the first process's images first."""
     if not several():
         return views_VBD
-    return torch.cat(all_gather(views_VBD.contiguous()), dim=1)
+    gathered: Tensor = Gather.apply(views_VBD)
+    return gathered
+
+
+class Gather(torch.autograd.Function):
+    """Each process's views to all of them; backward, the sum of what all processes say of them to whose they are.
+
+    torch 2.15 has one of its own (distributed.nn.functional.all_gather): over gloo its gradient was another here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, views_VBD: Tensor) -> Tensor:
+        views_VBD = views_VBD.contiguous()
+        parts = [torch.empty_like(views_VBD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, views_VBD)
+        ctx.num_images = views_VBD.shape[1]
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_VND: Tensor) -> Tensor:
+        total_VND = gradient_VND.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total_VND)
+        first = rank() * ctx.num_images
+        return total_VND[:, first : first + ctx.num_images]
 
 
 def several() -> bool:
