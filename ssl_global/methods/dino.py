@@ -88,7 +88,7 @@ class DinoConfig(MethodConfig):
             raise wrong("method.consistency_weight", self.consistency_weight, "0, or views.locals.count 1 or more")
 
     def splits_views(self) -> bool:
-        return True
+        return not self.consistency_weight
 
     def check_durations(self, epochs: float) -> None:
         not_longer_than_run("method.teacher_temp_warmup_epochs", self.teacher_temp_warmup_epochs, epochs)
@@ -171,9 +171,8 @@ class Dino(Method):
             loss = (loss + by_region) / 2
         if self.projector is not None:
             projected_VBD = self.projector(student.summaries).unflatten(0, (len(views), -1))
-            between = consistency_loss(
-                projected_VBD[:num_global], projected_VBD[num_global:], temp=config.consistency_temp
-            )
+            of_globals, of_locals = projected_VBD.tensor_split([self.num_global_views])
+            between = consistency_loss(of_globals, of_locals, temp=config.consistency_temp)
             figures["consistency_loss"] = between.detach()
             loss = loss + config.consistency_weight * between
         return {"loss": loss, **figures}

@@ -132,7 +132,7 @@ class Dinov2Config(MethodConfig):
             raise wrong(
                 "method.koleo_images", self.koleo_images, f"must divide train.global_batch = {train.global_batch}"
             )
-        if train.micro_batch is not None and train.micro_batch < together:
+        if isinstance(train.micro_batch, int) and train.micro_batch < together:
             raise wrong("method.koleo_images", self.koleo_images, f"at most train.micro_batch = {train.micro_batch}")
 
     def check_durations(self, epochs: float) -> None:

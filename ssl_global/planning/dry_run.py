@@ -84,9 +84,10 @@ def one_step(method: Method, recipe: Recipe, images: int) -> tuple[int, int]:
         ahead = [torch.zeros((2, *view.shape), dtype=torch.uint8) for view in batch["views"]]  # loader.ahead_on_device
         method.begin_step(FIRST)
         # fp16 is not for CPUs; bf16 is as wide.
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision != "fp32"):
-            loss = method(batch, FIRST)["loss"]
-        loss.backward()
+        for piece in method.pieces(batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision != "fp32"):
+                loss = method(piece, FIRST)["loss"]
+            loss.backward()
         del ahead
     return live.peak, live.casts
 

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ssl_global.data.loader import Batch
-from ssl_global.methods.method import Method
+from ssl_global.methods.method import Batch, Method
 from ssl_global.schedules import Progress
 from ssl_global.training.engine import local
 

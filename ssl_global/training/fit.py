@@ -14,6 +14,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import psutil
@@ -26,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssl_global.data.loader import AHEAD, Batch, to_device
 from ssl_global.data.views import draw
 from ssl_global.errors import UserError, wrong
+from ssl_global.methods.method import Batch as OnDevice
 from ssl_global.methods.method import Method
 from ssl_global.recipe import Recipe
 from ssl_global.schedules import Progress
@@ -173,10 +175,10 @@ class Trial:
             # The last part brings FSDP2's gradients together; DDP would do so in the room that it has.
             apart = part == 0 or not self.accelerator.is_fsdp2
             with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
-                batch = to_device(self.black(images, device), recipe, device)
-                with precision(self.accelerator, recipe):
-                    loss = self.model(batch, BEGINNING)["loss"]
-                loss.backward()
+                for batch in self.method.pieces(cast(OnDevice, to_device(self.black(images, device), recipe, device))):
+                    with precision(self.accelerator, recipe):
+                        loss = self.model(batch, BEGINNING)["loss"]
+                    loss.backward()
         self.method.gradients_done(BEGINNING)
         del averages, ahead
 
