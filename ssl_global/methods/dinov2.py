@@ -37,6 +37,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -244,16 +245,16 @@ class Dinov2(Method):
         """Drawn on the CPU, where the number of hidden patches is known without waiting for the device."""
         config, images = self.config, batch["views"][0]
         grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
-        replaced = torch.cat(
+        replaced = np.concatenate(
             [
                 block_hidden(batch["seeds"], grid, view=view, share=config.hidden_share, ratios=config.hidden_ratio)
                 for view in range(self.num_global_views)
             ]
         )
-        index = replaced.flatten().nonzero()[:, 0]
-        of_view = replaced.flatten(1).sum(1).clamp(min=1)
-        weight = (1 / (of_view * len(replaced)))[index // replaced[0].numel()]
-        return Hidden(*(without_waiting(tensor, images.device) for tensor in (replaced, index, weight)))
+        index = np.flatnonzero(replaced)
+        of_view = replaced.sum((1, 2)).clip(min=1)
+        weight = (1 / (of_view * len(replaced))).astype(np.float32)[index // replaced[0].size]
+        return Hidden(*(without_waiting(torch.from_numpy(x), images.device) for x in (replaced, index, weight)))
 
     @torch.no_grad()
     def ask_teacher(self, seen: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:

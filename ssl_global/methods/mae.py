@@ -26,7 +26,7 @@ H x W that the patch divides and any number of channels work.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -187,6 +187,7 @@ class Decoder(nn.Module):
         self.norm = NORM(width)
         self.predict = nn.Linear(width, patch**2 * encoder.channels)
         nn.init.normal_(self.hidden_token, std=0.02)
+        self.made: dict[Any, Tensor] = {}  # positions of the grids that were met
 
     def forward(self, tokens: Tokens, of: Tensor | None = None) -> Tensor:
         assert tokens.places is not None
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
         # One place more, for what lies beyond the edge.
         places_BNW = self.hidden_token.to(visible_BNW.dtype).expand(len(visible_BNW), rows * cols + 1, -1)
         x = places_BNW.scatter(1, index, visible_BNW)[:, :-1]
-        x = x + positions(tokens.grid, x.shape[2], x.device).to(x.dtype)
+        x = x + self.positions(tokens.grid, x)
         if tokens.globals is not None:
             embed = self.embed_globals or self.embed
             x = torch.cat([embed(tokens.globals), x], dim=1)
@@ -205,11 +206,12 @@ class Decoder(nn.Module):
             x = x.gather(1, of[:, :, None].expand(-1, -1, x.shape[2]))
         return self.predict(self.norm(x))
 
-
-@lru_cache(maxsize=8)
-def positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """Made once: a copy to the device in every step would wait for it."""
-    return sincos_positions(grid, width).to(device)
+    def positions(self, grid: tuple[int, int], x: Tensor) -> Tensor:
+        """(rows * cols, W), made once for each grid: a copy to the device in every step would wait for it."""
+        key = (*grid, x.device, x.dtype)
+        if key not in self.made:
+            self.made[key] = sincos_positions(grid, x.shape[2]).to(x)
+        return self.made[key]
 
 
 class LinearDecoder(nn.Module):

@@ -85,15 +85,15 @@ LONGEST_SIDE = 1 / 0.3  # times the other one (BEiT, algorithm 1)
 
 def block_hidden(
     seeds: Sequence[int], grid: tuple[int, int], *, view: int, share: float, ratios: tuple[float, float]
-) -> Tensor:
-    """Blocks of patches of some images (Bao et al. 2021, BEiT, algorithm 1): bool (B, rows, cols), on the CPU.
+) -> np.ndarray:
+    """Blocks of patches of some images (Bao et al. 2021, BEiT, algorithm 1): bool (B, rows, cols).
 
     seeds   of the images; what is hidden of one depends on its seed and the view's number only
     share   of the images that have hidden patches at all, in the mean: each by itself
     ratios  smallest and largest share of such an image's patches, evenly drawn between; exactly so many are hidden
             (rounded down), at least one
 
-    On the CPU because there the number of hidden patches, which differs from image to image, is known without waiting
+    In numpy because there the number of hidden patches, which differs from image to image, is known without waiting
     for a device. Slowly: hide blocks of random size, shape and place until there is no room for a further one, then
     single patches, as DINOv3's code does.
     """
@@ -102,7 +102,7 @@ def block_hidden(
         random = np.random.Generator(np.random.Philox(key=[seed, view]))
         if random.random() < share:
             hide_blocks(hidden_RS, max(int(hidden_RS.size * random.uniform(*ratios)), 1), random)
-    return torch.from_numpy(hidden_BRS)
+    return hidden_BRS
 
 
 def hide_blocks(hidden_RS: np.ndarray, count: int, random: np.random.Generator) -> None:

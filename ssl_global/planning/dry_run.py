@@ -3,7 +3,7 @@
 The method is built on the meta device and its step, forward and backward, is run under FakeTensorMode: no weight is
 drawn, nothing is computed, no memory is taken. Floating-point operations are those that torch's FlopCounterMode counts
 (matrix products, convolutions, attention; 2 to a multiply-add; no norms, no optimizer). Bytes are counted tensor by
-tensor (training/memory.py), for the kernels of a CPU; on the CPU itself that is exact (tested against torch's
+tensor (training/memory.py), for the kernels of a CPU; on the CPU itself that is right to 2 % (tested against torch's
 profiler), for a GPU an estimate: its kernels keep about the same, and need room besides.
 """
 
@@ -51,7 +51,7 @@ class Step:
 
 def dry_run(recipe: Recipe) -> tuple[Parts, Step]:
     """Raises UserError for a method that cannot take a step without content."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is drawn in numpy is not
     with torch.device("meta"):
         method = recipe.method.build(recipe)
     parts = parts_of(method)

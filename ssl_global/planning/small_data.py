@@ -43,6 +43,8 @@ class Choice:
 def adapted(recipe: Recipe, images: int, gpus: int) -> tuple[Recipe, list[Choice]]:
     """The recipe for so many images, and what was changed. Given all of ImageNet, nothing is."""
     made: list[Choice] = []
+    if images >= IMAGENET:
+        return recipe, made
     for rule in (
         of_method,
         partial(of_length, gpus=gpus),
@@ -69,7 +71,8 @@ def of_method(recipe: Recipe, images: int) -> Proposed:
     if "teacher_temp" in has:
         last = round(between(images, FEW, IMAGENET, 0.02, 0.07), 2)
         first = min(last, round(between(last, 0.02, 0.07, 0.02, 0.04), 2))
-        temps = (min(has["teacher_temp"][0], first), min(has["teacher_temp"][1], last))
+        now = has["teacher_temp"]
+        temps = (min(now[0], first), min(now[1], last)) if isinstance(now, tuple) else min(now, last)
         yield "method.teacher_temp", temps, "lightly-train: sharper, against collapse to one answer for all"
     if "teacher_momentum" in has:
         first = min(has["teacher_momentum"][0], round(between(images, FEW, IMAGENET, 0.99, 0.996), 3))
