@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes_under_test import load_recipe
 from tiny_runs import arguments as arguments_of
 from tiny_runs import assert_bit_equal, finish, losses, metrics, start, tensors
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from ssl_global.command_line import Command, parse
 from ssl_global.errors import UserError
 from ssl_global.methods.method import Method
+from ssl_global.planning.dry_run import dry_run
 from ssl_global.training import fit
 from ssl_global.training.checkpoint import load_encoder
 
@@ -20,18 +23,21 @@ MORE = ["--encoder.drop-path=0.2"]  # what draws numbers in a step
 
 
 @given(
-    sizes=st.sets(st.integers(1, 600), min_size=1), lines=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40))),
-    allowed=st.integers(0, 20_000),
-)  # fmt: skip
-def test_the_largest_that_fits_is_found(sizes, lines, allowed):
+    sizes=st.sets(st.integers(1, 600), min_size=4),
+    lines=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40)), min_size=1, max_size=3),
+    last=st.integers(-1, 30),
+    full=st.integers(1, 30_000),
+)
+def test_the_largest_that_fits_is_found(sizes, lines, last, full):
     """A step's peak is the highest of several moments, each of so much for good and so much for each image."""
 
     def taken(size):
-        return max((fixed + each * size for fixed, each in lines), default=size)
+        return max(fixed + each * size for fixed, each in lines)
 
     rising = sorted(sizes)
-    tried = fit.search(rising, allowed, lambda size: taken(size) if taken(size) < 10_000 else None)
-    fitting = [size for size in rising if taken(size) <= min(allowed, 9_999)]
+    allowed = taken(rising[last % len(rising)]) if last >= 0 else 0  # none fits, or up to one of them
+    tried = fit.search(rising, allowed, lambda size: taken(size) if taken(size) < full else None)
+    fitting = [size for size in rising if taken(size) <= allowed and taken(size) < full]
     found = [size for size, peak in tried.items() if peak is not None and peak <= allowed]
     assert max(found, default=None) == max(fitting, default=None)
 
@@ -107,6 +113,17 @@ def test_memory_that_is_full_is_a_size_too_large(monkeypatch):
     trial = Full()
     assert [trial.peak(images) for images in (4, 8, 16)] == [400, 800, None]
     assert fit.search([4, 8, 16, 32], 2000, trial.peak) == {4: 400, 8: 800, 16: None}
+
+
+def test_a_trial_takes_what_a_plan_says():
+    """Gradients, AdamW's averages and the step, as the dry run without content has them."""
+    recipe = load_recipe("mae", "demo", depth=2)
+    parts, step = dry_run(recipe)
+    method = recipe.method.build(recipe)
+    trial = fit.Trial(method, method, Accelerator(cpu=True), recipe, masks=False)
+    for images in (8, 32):
+        expected = step.bytes(images) + (4 + 8) * parts.learning
+        assert trial.peak(images) == pytest.approx(expected, rel=0.03)
 
 
 def test_what_the_run_learns_does_not_hang_on_the_room(run, tmp_path, monkeypatch):
