@@ -469,7 +469,7 @@ def plan(
         vram: Memory of each, in GB.
         gpu: Whose peak the time is reckoned with.
         tflops: That peak, if it is another's.
-        utilisation: Share of the peak that a step comes to; published ones came to 0.1 to 0.46.
+        utilisation: Share of the peak that a step comes to; published ones came to 0.1 to 0.45.
         images_per_second: Measured, of all GPUs together: time by this, and nothing reckoned.
         classes: That a fine-tuned model will tell apart; by default as in the recipe's paper.
         as_it_is: The recipe itself, without choices for few images.

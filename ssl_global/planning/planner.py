@@ -36,7 +36,7 @@ PEAKS: dict[Gpu, tuple[float, float]] = {
 }  # fmt: skip
 WITHOUT_BF16 = ("v100", "t4")
 # Of the peak (ours). Published times come to 0.10 of a V100's (DINO ViT-S/16, 1.75 days on 8; MAE ViT-L/16, 42 hours on
-# 64) and to about 0.46 of an A100's (DINOv2 ViT-L/16, a day on 32).
+# 64) and to 0.45 of an A100's (DINOv2 ViT-L/16, a day on 32, its losses over patches not counted).
 UTILISATION = 0.3
 CLASSES = {"ClassifyConfig": 1000, "SegmentConfig": 150}  # where the data will say: ImageNet-1k's, ADE20K's
 
