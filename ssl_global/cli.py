@@ -166,8 +166,6 @@ def export(
             model.onnx or model.pt2 in the export.
         sizes: Of images that an .onnx or .pt2 takes: any or one; by default any where the model allows.
     """
-    from ssl_global.portable import write
-
     if format == "folder":
         if sizes is not None:
             raise UserError(f"--sizes {sizes}: of an .onnx or .pt2; give --format too")
@@ -175,16 +173,15 @@ def export(
             raise UserError(f"{run}: an export already; --format onnx or pt2 makes a file of it")
         export_run(run, what, out)
         return
-    if is_export(run):
-        if what is not None:
-            raise UserError(f"--what {what} chooses one of a run's encoders, and {run} is an export")
-        folder = run
-    else:
-        folder = export_run(run, what, None)
-    file = out or folder / f"model.{format}"
-    if file.suffix != f".{format}":
-        raise UserError(f"--out {file}: the name of a .{format} file would be right")
-    print(write(folder, file, form=format, sizes=sizes))
+    # Imported here: the other commands need nothing of torch.export.
+    from ssl_global.portable import write
+
+    if out is not None and out.suffix != f".{format}":
+        raise UserError(f"--out {out}: the name of a .{format} file would be right")
+    if is_export(run) and what is not None:
+        raise UserError(f"--what {what} chooses one of a run's encoders, and {run} is an export")
+    folder = run if is_export(run) else export_run(run, what, None)
+    print(write(folder, out or folder / f"model.{format}", form=format, sizes=sizes))
 
 
 def export_run(run: Path, what: str | None, out: Path | None) -> Path:
