@@ -14,7 +14,16 @@ learns these too, in the same run, from the same pass of the teacher; the encode
 export/ at the end, `ssl-global export RUN --what resnet18 --out FOLDER` writes another.
 
 Expect   recipe(): unmeasured here.
-         demo(): MEASURE
+         demo(), 2026-11-22, 2 cores of a Xeon server that four to ten other jobs shared, one thread, built-in sample,
+         from dino:demo's export (k-NN 0.657; seed 0), seeds 0, 1, 2:
+
+             the student distilled                 0.644, 0.650, 0.648    mean 0.647, deviation 0.003
+             the same from scratch, dino:demo      0.598, 0.617, 0.598    mean 0.604, deviation 0.011
+             untrained                             0.547, 0.527, 0.503
+
+         at equal steps (dino:demo with encoder.width 96, encoder.depth 2; at this recipe's rate it gets 0.582, seed 0).
+         So it gains 9.8, 12.3 and 14.4 points over the untrained student; seed 0's cannot gain more than the 11 that
+         its teacher is above it.
 Numbers  temperatures, momenta, views, batch and optimizer are DINO's (https://arxiv.org/abs/2104.14294,
          facebookresearch/dino main_dino.py@7c446df), as DINOv2 distils with what it pretrains with
          (https://arxiv.org/abs/2304.07193, section 5); no stochastic depth, as there; the terms' weights are ours.

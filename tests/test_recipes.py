@@ -58,7 +58,8 @@ def test_options_that_a_recipe_offers_go_with_it(name):
     """The lines of its head that are nothing but options."""
     head = ast.get_docstring(ast.parse(recipe_files()[name].read_text()))
     offers = [line.split() for line in head.splitlines() if line.startswith("    --")]
-    assert len(offers) == {"mae_swin": 2, "dino_swin": 1, "dinov2": 4, "dinov2_swin": 1, "small_resnet": 5}.get(name, 0)
+    known = {"mae_swin": 2, "dino_swin": 1, "dinov2": 4, "dinov2_swin": 1, "distill": 1, "small_resnet": 5}
+    assert len(offers) == known.get(name, 0)
     for words in offers:
         command, _ = parse(["--recipe", f"{name}:recipe", *words], Finetune if name in TUNING else Command)
         command.settings.check()
@@ -88,6 +89,14 @@ def test_the_papers_numbers():
     )
     assert (dinov2.method.layer_decay, dinov2.method.patch_embed_lr, dinov2.encoder.drop_path) == (0.9, 0.2, 0.3)
     assert (ibot.train.global_batch, ibot.train.epochs, ibot.method.prototypes) == (1040, 300, 8192)
+    consistency, distill = load_recipe("consistency", "recipe"), load_recipe("distill", "recipe")
+    assert (consistency.method.temp, consistency.method.projector_width, consistency.train.global_batch) == (
+        0.1,
+        128,
+        4096,
+    )
+    assert (consistency.optim.lr_per_256_images, consistency.optim.warmup_epochs) == (1.5e-4, 40)
+    assert (distill.method.student_temp, distill.method.teacher_temp, distill.method.prototypes) == (0.1, 0.04, 65_536)
     small, swin = load_recipe("small_resnet", "recipe"), load_recipe("global_swin_tune", "recipe")
     assert (small.train.global_batch, small.data.mean, small.data.std) == (64, (0.5,) * 3, (0.5,) * 3)
     assert (swin.train.epochs, swin.optim.warmup_epochs, swin.optim.clip_norm) == (30, 5, 5.0)

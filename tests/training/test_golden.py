@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipes_under_test import TUNING
+from tiny_runs import tiny_teacher
 
 from ssl_global.command_line import recipe_files
 from ssl_global.data.sample import built_in_sample
@@ -34,6 +35,8 @@ def twenty_losses(name: str, out: Path) -> list[float]:
         words.append("--method.freeze-prototypes-epochs=0.1")
     if name == "hires":  # without the run that it would begin from
         words += ["--encoder.weights=None", "--train.global-batch=16"]
+    if name == "distill":
+        words.append(f"--method.teacher={tiny_teacher(out.parent / 'teacher')}")
     if name in TUNING:
         words += [] if name == "finetune" else ["--train.global-batch=16"]  # the others take longer
         finetune([*words, f"--val={val}", "--log-with"])
