@@ -54,7 +54,7 @@ def test_interrupted_and_resumed_is_bit_equal(whole, run, tmp_path, monkeypatch,
     assert losses(uninterrupted) == losses(parted)
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", SHARDED])
+@pytest.mark.parametrize("script", ["pretrain.py", pytest.param(SHARDED, marks=pytest.mark.slow)])
 def test_two_processes_equal_one(whole, script, photographs, tmp_path, teacher):
     """Replicated and sharded, in losses and in the gradient's length, which AdamW would not show."""
     method, one = whole
