@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_global.errors import UserError
 from ssl_global.methods.method import Batch, Method
-from ssl_global.recipe import Recipe
+from ssl_global.recipe import MethodConfig, Recipe
 from ssl_global.schedules import Progress
 from ssl_global.training.engine import BLOCKS, DTYPES
 from ssl_global.training.memory import LiveBytes, tensors_of
@@ -51,12 +51,15 @@ class Step:
 
 def dry_run(recipe: Recipe) -> tuple[Parts, Step]:
     """Raises UserError for a method that cannot take a step without content."""
+    if type(recipe.method).settled is not MethodConfig.settled:
+        raise UserError("this recipe learns from a model that lies elsewhere: its step cannot be run without content")
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is drawn in numpy is not
     with torch.device("meta"):
         method = recipe.method.build(recipe)
     parts = parts_of(method)
     together = recipe.method.images_together()
-    sizes = [max(size // together, 1) * together for size in SIZES]
+    few = max(SIZES[0] // together, 1) * together
+    sizes = (few, SIZES[1] // SIZES[0] * few)
     with mode:
         method._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         if recipe.train.recompute_activations:

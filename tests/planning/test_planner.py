@@ -117,7 +117,7 @@ def test_time(known):
     assert found.time_by.startswith("measured")
 
 
-@pytest.mark.parametrize("name", list(recipe_files()))
+@pytest.mark.parametrize("name", [name for name in recipe_files() if name != "distill"])
 def test_every_recipe_can_be_planned_and_written(name, known, tmp_path):
     """The demos' steps are run without content elsewhere (test_dry_run), the papers' by hand."""
     file = tmp_path / "my_recipe.py"
