@@ -216,6 +216,8 @@ LEARNING = (
             "knn_untrained": "k-NN, untrained",
             "knn_pixels": "k-NN, raw pixels",
             "linear_untrained": "linear probe, untrained",
+            "knn_start": "k-NN, where it began",
+            "linear_start": "linear probe, where it began",
         },
     ),
     Wanted("Accuracy", {"top1": "top-1", "top5": "top-5", "train_top1": "top-1 in training"}),

@@ -128,19 +128,23 @@ def cut(text: object) -> str:
 
 
 def result(summary: Mapping[str, Any]) -> Section | None:
-    judged, gains = [], []
+    judged, gains, before = [], [], "untrained"
     for judge, name in JUDGES.items():
-        trained, untrained = found(summary, judge), found(summary, f"{judge}_untrained")
+        trained, untrained, start = (found(summary, judge + of) for of in ("", "_untrained", "_start"))
         if trained is not None:
-            judged.append((name, trained, untrained, found(summary, f"{judge}_pixels")))
+            judged.append((name, trained, untrained if start is None else start, found(summary, f"{judge}_pixels")))
         if trained is not None and untrained is not None:
             points = f"{100 * (trained - untrained):+.1f} points over the untrained encoder's {untrained:.3f}"
             gains.append(f"{name} {trained:.3f}: {points}")
+        if trained is not None and start is not None:
+            points = f"{100 * (trained - start):+.1f} points over the {start:.3f} of the encoder that it began from"
+            gains.append(f"{name} {trained:.3f}: {points}")
+            before = "at the start"
     rows = [(name, value) for key, name in FIGURES.items() if (value := found(summary, key)) is not None]
     if (peak := found(summary, "peak_memory")) is not None:
         rows.append(("peak memory, MB", peak / 1e6))
     tables = [
-        *([Table(("accuracy", "trained", "untrained", "raw pixels"), judged, decimals=3)] if judged else []),
+        *([Table(("accuracy", "trained", before, "raw pixels"), judged, decimals=3)] if judged else []),
         *([Table((), rows)] if rows else []),
     ]
     return Section("Result", f"{'; '.join(gains)}." if gains else "", tables) if tables else None

@@ -67,6 +67,15 @@ def titles(sections: list[Section]) -> list[str]:
     return [section.title for section in sections]
 
 
+def test_a_run_from_weights_is_compared_with_where_it_began(run):
+    began = {name: value for name, value in SUMMARY.items() if name != "knn_untrained"} | {"knn_start": 0.6}
+    (run / "summary.json").write_text(json.dumps(began))
+    found = by_title(of_run(run, RECIPE))["Result"]
+    assert found.text == "k-NN 0.654: +5.4 points over the 0.600 of the encoder that it began from."
+    assert parts(found)[0].head[2] == "at the start"
+    assert parts(found)[0].rows == [("k-NN", 0.6544, 0.6, 0.2644)]
+
+
 def test_a_finished_run_has_all_its_sections(run):
     sections = of_run(run, RECIPE)
     assert titles(sections) == [
