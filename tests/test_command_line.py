@@ -13,7 +13,7 @@ from ssl_global.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 WRONG = [
-    ("", "--recipe is missing: one of dino, dino_swin, dinov2, dinov2_swin, finetune, global_cnn, global_swin_tune,"),
+    ("", "--recipe is missing: one of "),
     ("--recipe dno", "--recipe dno: no recipe of that name, did you mean dino?"),
     ("--recipe nowhere.py", "there is no file nowhere.py"),
     ("--recipe dino:small", "has no function small(); recipe() and demo() are usual"),
