@@ -285,7 +285,7 @@ class Eval:
     knn_temp: float = 0.07  # DINO, eval_knn.py
     bank_images: int = 50_000  # training images, at most, that the k-NN and the probe learn from (ours)
     batch: int = 256  # images at once, in each process
-    max_fall: float = 0.1  # of a run from weights: share of its start's k-NN (RankMe without labels) that may be lost
+    max_fall: float = 0.05  # of a run from weights: share of its start's k-NN (RankMe without labels) that may be lost
 
     def check(self) -> None:
         in_range("eval.max_fall", self.max_fall, 0, 1)

@@ -111,7 +111,7 @@ def begun(run, tmp_path):
     return run("dino", tmp_path / "begun", "--train.steps=2") / "export"
 
 
-WAITS = ["--encoder.frozen-epochs=1.5", "--log.every=1"]  # three steps of eight
+WAITS = ["--encoder.frozen-epochs=1.5", "--log.every=1", "--eval.max-fall=1"]  # three steps of eight
 
 
 def test_the_encoder_waits_and_then_its_rate_rises(run, begun, tmp_path, monkeypatch):
