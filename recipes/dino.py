@@ -11,7 +11,7 @@ Expect   recipe(): unmeasured here. The authors: k-NN 69.3, linear 74.0 on Image
          0.657 / 0.499, 0.620 / 0.490, 0.619 / 0.512 (seeds 0, 1, 2; about 160 s when alone); raw pixels 0.264.
          From that export (seed 0) with a new head, --encoder.weights runs/dino --seed 1 --train.epochs 2
          --optim.lr-per-256-images 2.5e-4: 0.657, 0.657, 0.658, after 0, 1 and 2 epochs; four end at 0.653.
-         At the rate above it falls to 0.618 in five of eight epochs, and eval.max_fall stops it.
+         At the recipe's own rate it falls to 0.617 in six epochs: more than eval.max_fall allows.
 Numbers  facebookresearch/dino main_dino.py@7c446df, its defaults, unless marked "ours".
 """
 
