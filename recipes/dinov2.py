@@ -99,8 +99,9 @@ def demo() -> Recipe:
             paper.method,
             prototypes=1024, head_hidden=512, head_bottleneck=128, teacher_momentum=(0.99, 1.0),
             teacher_temp=(0.04, 0.04), teacher_temp_warmup_epochs=0, layer_decay=1.0, patch_embed_lr=1.0,
+            koleo_weight=0.02,  # of seventeen photographs each image's nearest neighbour is of its own
         ),
-        optim=replace(paper.optim, lr_per_256_images=1e-3, warmup_epochs=1, weight_decay=(0.04, 0.1)),
+        optim=replace(paper.optim, lr_per_256_images=2e-3, warmup_epochs=1, weight_decay=(0.04, 0.1)),
         train=Train(epochs=8, global_batch=64),
         eval=Eval(every=94),
         log=Log(every=20),
