@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from recipes_under_test import load_recipe
 from timm.optim import param_groups_layer_decay
 
@@ -220,13 +221,15 @@ def test_the_gram_loss_is_the_slow_loop():
     )
 
 
-def test_features_keep_their_places_when_they_are_resized():
-    """A ramp over 8 x 4 is a ramp over 4 x 2; the same grid is left alone."""
-    ramp = torch.arange(8.0)[:, None] + torch.zeros(8, 4)
-    small = resized(ramp.flatten()[None, :, None], (8, 4), (4, 2))
-    torch.testing.assert_close(small[0, :, 0].view(4, 2)[1:3], torch.tensor([[2.5, 2.5], [4.5, 4.5]]), rtol=0, atol=0.1)
-    x = torch.randn(1, 8, 3)
-    assert resized(x, (4, 2), (4, 2)) is x
+def test_features_are_resized_as_pillow_does():
+    """Antialiased bicubic, each feature as a picture of its own; the same grid is left alone."""
+    x = torch.randn(2, 8 * 6, 3, generator=torch.Generator().manual_seed(0))
+    small = resized(x, (8, 6), (4, 3))
+    for b in range(2):
+        for d in range(3):
+            picture = Image.fromarray(x[b, :, d].view(8, 6).numpy()).resize((3, 4), Image.Resampling.BICUBIC)
+            torch.testing.assert_close(small[b, :, d].view(4, 3), torch.from_numpy(np.array(picture)))
+    assert resized(x, (8, 6), (8, 6)) is x
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
