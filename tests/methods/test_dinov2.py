@@ -25,7 +25,7 @@ from ssl_global.methods.sinkhorn import sinkhorn_offsets
 from ssl_global.schedules import Progress
 
 LATER = Progress(step=50, num_steps=100, steps_per_epoch=10)
-SMALL = {"prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "koleo_images": 2}
+SMALL = {"prototypes": 64, "head_hidden": 32, "head_bottleneck": 16, "koleo_images": 2, "koleo_weight": 0.1}
 SINKHORN = {"centring": "sinkhorn", "separate_heads": True}
 GRAM = {"gram_weight": 2.0, "gram_every_steps": 3}
 VIT = {"width": 32, "depth": 2, "heads": 2}
