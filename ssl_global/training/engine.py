@@ -9,6 +9,7 @@ model cannot be called by itself then: whoever wants the backbone whole, to judg
 
 import contextlib
 import os
+import time
 
 import torch
 from accelerate import Accelerator
@@ -112,6 +113,26 @@ def precision(accelerator: Accelerator, recipe: Recipe) -> contextlib.AbstractCo
     if not accelerator.is_fsdp2 or recipe.train.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(accelerator.device.type, DTYPES[recipe.train.precision])
+
+
+def slower_than_float32(device: torch.device, precision: str) -> str | None:
+    """A line where it would be faster not to: processors without instructions for bfloat16 emulate it."""
+    if device.type != "cpu" or precision != "bf16":
+        return None
+    times = seconds_of_a_product(torch.bfloat16) / seconds_of_a_product(torch.float32)
+    if times <= 1:
+        return None
+    return f"train.precision = bf16: this processor's products take {times:.1f} times as long as in fp32"
+
+
+def seconds_of_a_product(dtype: torch.dtype) -> float:
+    """The best of three."""
+    matrix, seconds = torch.ones(512, 512, dtype=dtype), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def clip(accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Tensor:

@@ -142,6 +142,8 @@ def learn(
         folder, record, damaged = found
         state = restore(folder, record, method, bare_optimizer, accelerator)
         say("\n".join(report.resumed(folder, record, damaged, layout, recipe)))
+    if warning := engine.slower_than_float32(accelerator.device, recipe.train.precision):
+        say(f"warning: {warning}\n")
     if isinstance(train_data, Stream):
         say(f"warning: {CANNOT_PROMISE}\n")
     with (
