@@ -11,7 +11,7 @@ than a minute, and it grows with the depth: only when asked for.
 The export's config.json goes along: in .pt2 as an extra file, in ONNX as metadata of that name.
 """
 
-import importlib
+import importlib.util
 import json
 import logging
 import tempfile
@@ -103,10 +103,8 @@ def write(folder: Path, file: Path, *, form: Format, sizes: Sizes | None = None)
 
 def refuse_missing_packages() -> None:
     for name in NEEDED:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"--format onnx: needs {name}: pip install 'ssl_global[onnx]'") from error
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--format onnx: needs {name}: pip install 'ssl_global[onnx]'")
 
 
 def write_and_compare(

@@ -35,7 +35,7 @@ def test_checkpoints_of_any_processes_load_on_any_others(tmp_path):
         ("dino", 4, [], "FSDP2"),
         ("mae", 2, ["--train.micro-batch=3"], "FSDP2"),
         ("dino_swin", 2, [], "FSDP2"),
-        ("dinov2", 2, ["--train.micro-batch=2"], "FSDP2"),
+        pytest.param("dinov2", 2, ["--train.micro-batch=2"], "FSDP2", marks=pytest.mark.slow),
         ("mae_swin", 2, ["--train.micro-batch=3"], "FSDP2"),
         pytest.param("dino", 4, ["--shards", "2"], "HSDP, 2 x 2", marks=pytest.mark.slow),
     ],

@@ -34,7 +34,7 @@ def twenty_losses(name: str, out: Path) -> list[float]:
     if name.startswith("dino"):
         words.append("--method.freeze-prototypes-epochs=0.1")
     if name == "hires":  # without the run that it would begin from
-        words += ["--encoder.weights=None", "--train.global-batch=16"]
+        words += ["--encoder.weights=None", "--train.global-batch=16", "--eval.bank-images=64"]
     if name == "distill":
         words.append(f"--method.teacher={tiny_teacher(out.parent / 'teacher')}")
     if name.startswith("dinov2"):
