@@ -79,8 +79,9 @@ class CrossEntropies(torch.autograd.Function):
                     total += len(others) * log_sum_b1.sum() - torch.dot(target_bK.flatten(), z_bK.flatten())
                     if gradient is not None:
                         p_bK = z_bK.sub_(log_sum_b1).exp_()
-                        gradient[row, some] = p_bK.mul_(len(others)).sub_(target_bK).mul_(1 / (temp * terms))
-        ctx.gradient = gradient
+                        gradient[row, some] = p_bK.mul_(len(others)).sub_(target_bK)
+        # Divided later, by what brings fp16's scale of the loss: without it fp16 has no numbers so small.
+        ctx.gradient, ctx.divisor = gradient, temp * terms
         return total / terms
 
     @staticmethod
@@ -89,4 +90,4 @@ class CrossEntropies(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it is as large as all logits
         if gradient is None:
             raise RuntimeError("dino_loss: its gradient was asked for twice, and is kept for one time only")
-        return gradient.mul_(of_loss), None, None, None, None
+        return gradient.mul_(of_loss / ctx.divisor), None, None, None, None

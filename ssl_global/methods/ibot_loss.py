@@ -45,6 +45,7 @@ class CrossEntropies(torch.autograd.Function):
         gradient = torch.empty_like(student_MK) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student_MK.device)
         at_once = max(AT_ONCE // student_MK.shape[1], 1)
+        largest = weight_M.max() if len(weight_M) else weight_M.new_ones(())
         with torch.autocast(student_MK.device.type, enabled=False):
             for first in range(0, len(student_MK), at_once):
                 some = slice(first, first + at_once)
@@ -54,8 +55,9 @@ class CrossEntropies(torch.autograd.Function):
                 total += (weight_m1 * (log_sum_m1 - (teacher_mK * z_mK).sum(-1, keepdim=True))).sum()
                 if gradient is not None:
                     p_mK = z_mK.sub_(log_sum_m1).exp_()
-                    gradient[some] = p_mK.sub_(teacher_mK).mul_(weight_m1 / temp)
-        ctx.gradient = gradient
+                    gradient[some] = p_mK.sub_(teacher_mK).mul_(weight_m1 / largest)
+        # The rest comes with fp16's scale of the loss, as in dino_loss.py.
+        ctx.gradient, ctx.factor = gradient, largest / temp
         return total
 
     @staticmethod
@@ -64,4 +66,4 @@ class CrossEntropies(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it is as large as all logits
         if gradient is None:
             raise RuntimeError("ibot_loss: its gradient was asked for twice, and is kept for one time only")
-        return gradient.mul_(of_loss), None, None, None
+        return gradient.mul_(of_loss * ctx.factor), None, None, None

@@ -91,6 +91,19 @@ def test_the_gradient_can_be_had_once():
         loss.backward()
 
 
+def test_fp16_with_its_scale_loses_no_gradient():
+    """65 536 prototypes share 1: without the loss's scale fp16 has no numbers so small as what each of them gets."""
+    student, teacher = torch.randn(4, 64, 2**16).mul_(0.05), torch.full((2, 64, 2**16), 2.0**-17)
+    teacher[..., 0] += 0.5
+    gradients = []
+    for precision, scale in ((torch.float32, 1), (torch.float16, 2**16)):
+        logits = student.to(precision, copy=True).requires_grad_()
+        (dino_loss(logits, teacher, student_temp=0.1) * scale).backward()
+        gradients.append(logits.grad[..., 1:].double() / scale)
+    wanted, found = gradients
+    assert (found - wanted).norm() < 5e-3 * wanted.norm()
+
+
 def test_loss_is_float32_under_autocast():
     student, teacher = torch.randn(4, 2, 8), torch.randn(2, 2, 8).softmax(-1)
     with torch.autocast("cpu", torch.bfloat16):

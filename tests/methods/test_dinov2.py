@@ -140,6 +140,19 @@ def test_the_loss_on_hidden_patches_is_the_slow_loop(m, k, temp, at_once):
         torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_fp16_with_its_scale_loses_no_gradient_of_hidden_patches():
+    student, teacher = torch.randn(32, 2**16).mul_(0.05), torch.full((32, 2**16), 2.0**-17)
+    teacher[:, 0] += 0.5
+    weight = torch.linspace(1e-4, 1e-3, 32)  # of a few thousand hidden patches, more in some views than in others
+    gradients = []
+    for precision, scale in ((torch.float32, 1), (torch.float16, 2**16)):
+        logits = student.to(precision, copy=True).requires_grad_()
+        (ibot_loss(logits, teacher, weight, student_temp=0.1) * scale).backward()
+        gradients.append(logits.grad[:, 1:].double() / scale)
+    wanted, found = gradients
+    assert (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
 def slow_sinkhorn(logits, temp, rounds):
     """In numpy; the largest exponent is taken off first, which the first round cancels."""
     q = np.exp((logits - logits.max()) / temp)
