@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -88,6 +89,10 @@ def named_model(name: str) -> VisionTransformer:
     if type(model) is not VisionTransformer:
         raise wrong(
             "encoder.name", name, f"a {type(model).__name__}; this encoder is for timm's plain VisionTransformer"
+        )
+    if type(model.patch_embed) is not PatchEmbed:
+        raise wrong(
+            "encoder.name", name, "a ViT on another network, which would see hidden patches; TimmConfig is for it"
         )
     return model
 

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from recipes_under_test import load_recipe
+from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_global.encoders.encoder import visible_index
@@ -130,7 +131,8 @@ def test_every_plain_vit_of_timm_is_one_of_ours():
     ours = 0
     for name in timm.list_models("vit_*"):
         with torch.device("meta"):
-            plain = type(timm.create_model(name)) is VisionTransformer
+            model = timm.create_model(name)
+        plain = type(model) is VisionTransformer and not isinstance(model.patch_embed, HybridEmbed)
         if plain:
             assert named_model(name).embed_dim > 0
             ours += 1
@@ -146,6 +148,7 @@ def test_every_plain_vit_of_timm_is_one_of_ours():
     [
         ({"name": "vit_smal_patch16_224"}, r"encoder.name = vit_smal_patch16_224: not a vit_\*.*vit_small_patch16_224"),
         ({"name": "resnet50"}, "encoder.name = resnet50"),
+        ({"name": "vit_small_r26_s32_224"}, "encoder.name = vit_small_r26_s32_224: a ViT on another network"),
         ({"heads": 7}, "encoder.heads = 7: does not divide the width, 192; 6 would"),
         ({"width": 130, "heads": 13, "positions": "sincos"}, "encoder.width = 130: .*multiple of 4"),
         ({"patch": 0}, "encoder.patch = 0: at least 1"),
