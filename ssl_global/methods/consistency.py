@@ -64,5 +64,8 @@ class Consistency(Method):
         num_global = self.num_global_views
         return {"loss": consistency_loss(projected_VBD[:num_global], projected_VBD[num_global:], temp=self.config.temp)}
 
+    def speaks_in_forward(self) -> bool:
+        return True
+
     def backbones(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}

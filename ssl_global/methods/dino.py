@@ -131,6 +131,9 @@ class Dino(Method):
     def centres(self) -> list[Centre]:
         return [self.centre] if self.region_centre is None else [self.centre, self.region_centre]
 
+    def speaks_in_forward(self) -> bool:
+        return self.projector is not None
+
     def begin_step(self, progress: Progress) -> None:
         self.targets = None
         for centre in self.centres():

@@ -45,6 +45,10 @@ class Method(nn.Module):
         forward(batch, progress, ahead=True) with each of them, without gradient, before the first one's turn."""
         return False
 
+    def speaks_in_forward(self) -> bool:
+        """Whether forward waits for the other processes."""
+        return self.looks_ahead()
+
     def fetch(self, recipe: "Recipe") -> None:
         """At every start of a run, also of one that goes on: reads what lies elsewhere and is in no checkpoint."""
 

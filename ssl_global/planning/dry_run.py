@@ -105,7 +105,7 @@ def empty_batch(recipe: Recipe, images: int) -> Batch:
     return {
         "views": [torch.zeros(images, channels, kind.pixels, kind.pixels) for kind in kinds for _ in range(kind.count)],
         "seed": torch.zeros(images, dtype=torch.int64),
-        "seeds": [0] * images,
+        "seeds": list(range(images)),  # what is hidden is drawn from them: not of all images the same
         "key": [""] * images,
         "label": torch.zeros(labels, dtype=torch.int64),
         "mask": torch.zeros(images, side, side, dtype=torch.int64),

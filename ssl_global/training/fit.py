@@ -7,7 +7,7 @@ that cannot fit is hardly ever tried; where it is, a GPU says torch.OutOfMemoryE
 
 Nothing of it stays: weights are not stepped, gradients are dropped, buffers and the generators of random numbers are
 put back, and the data is not touched. The global batch is the recipe's, so the run learns what it would have, up to
-rounding; batch norms apart, which see a part of the batch.
+rounding; batch norms apart, which see a part of the batch, and consistency losses, whose negatives are of a part.
 """
 
 import contextlib
@@ -128,8 +128,13 @@ class Trial:
         self, model: nn.Module, method: Method, accelerator: Accelerator, recipe: Recipe, *, masks: bool
     ) -> None:
         self.model, self.method, self.accelerator, self.recipe, self.masks = model, method, accelerator, recipe, masks
+        self.share = recipe.train.global_batch // accelerator.num_processes
         # Where processes speak to each other inside a step, one that has no room leaves the others waiting.
-        self.speaks = accelerator.is_fsdp2 or any(isinstance(module, _BatchNorm) for module in method.modules())
+        self.speaks = (
+            accelerator.is_fsdp2
+            or method.speaks_in_forward()
+            or any(isinstance(module, _BatchNorm) for module in method.modules())
+        )
 
     def peak(self, images: int) -> int | None:
         """Bytes of gradients, averages and the step, the most of all processes; None where memory was full on one."""
@@ -144,6 +149,7 @@ class Trial:
                     f"train.micro_batch = auto: {images} images at once do not fit; give a smaller number"
                 ) from None
         drop_gradients(self.method)
+        self.method.begin_step(BEGINNING)  # what a trial has kept must not be there before the next one
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -171,16 +177,31 @@ class Trial:
         averages = [torch.empty_like(tensor) for tensor in learning for _ in range(2)]
         ahead = [self.black(images, device) for _ in range(1 if device.type == "cuda" else AHEAD)]
         self.method.begin_step(BEGINNING)
+        num_parts = self.share // images
+        looked_at = self.look_ahead(images, num_parts) if self.method.looks_ahead() and num_parts > 1 else []
         for part in range(2):
             # The last part brings FSDP2's gradients together; DDP would do so in the room that it has.
             apart = part == 0 or not self.accelerator.is_fsdp2
             with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
-                for batch in self.method.pieces(cast(OnDevice, to_device(self.black(images, device), recipe, device))):
+                for batch in self.method.pieces(self.on_device(images)):
                     with precision(self.accelerator, recipe):
                         loss = self.model(batch, BEGINNING)["loss"]
                     loss.backward()
         self.method.gradients_done(BEGINNING)
-        del averages, ahead
+        del averages, ahead, looked_at
+
+    def look_ahead(self, images: int, num_parts: int) -> list[OnDevice]:
+        """All parts of a step, which stay while the first ones have their turn; the method keeps what it saw."""
+        parts = []
+        with torch.no_grad(), precision(self.accelerator, self.recipe):
+            for _ in range(num_parts):
+                parts.append(self.on_device(images))
+                self.model(parts[-1], BEGINNING, ahead=True)
+        return parts
+
+    def on_device(self, images: int) -> OnDevice:
+        device = self.accelerator.device
+        return cast(OnDevice, to_device(self.black(images, device), self.recipe, device))
 
     def black(self, images: int, device: torch.device) -> Batch:
         """A micro-batch as the loader gives it, coloured as chance will have it."""
@@ -194,7 +215,7 @@ class Trial:
         return {
             "crops": [torch.zeros(images, *side, side[-1], dtype=torch.uint8, device=device) for side in sides],
             "colours": [torch.from_numpy(of_kind) for of_kind in colours],
-            "seed": torch.zeros(images, dtype=torch.int64),
+            "seed": torch.arange(images),
             "label": torch.zeros(labels, dtype=torch.uint8 if multi_label else torch.int64),
             "key": [""] * images,
         }

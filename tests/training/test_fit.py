@@ -1,5 +1,6 @@
 """The largest micro-batch is found, and the run does not know how."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,54 @@ def test_a_trial_takes_what_a_plan_says():
     for images in (8, 32):
         expected = step.bytes(images) + (4 + 8) * parts.learning
         assert trial.peak(images) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_trial_keeps_what_was_looked_at_ahead():
+    """Of all parts of a step: their views and the teacher's answers. And each image has hidden patches of its own."""
+    recipe = load_recipe("dinov2", "demo", depth=1)
+    method = replace(recipe.method, centring="sinkhorn", koleo_weight=0.0, hidden_share=1.0)
+    peaks, kept, seen = [], [], []
+
+    class Noting(fit.Trial):
+        def look_ahead(self, images, num_parts):
+            parts = super().look_ahead(images, num_parts)
+            kept.append(sum(answer.nbytes for answers in self.method.answers for answer in answers))
+            seen.append(sum(view.nbytes for part in parts for view in part["views"]))
+            return parts
+
+    for global_batch in (8, 32):
+        of_batch = replace(recipe, method=method, train=replace(recipe.train, global_batch=global_batch))
+        module = method.build(of_batch)
+        peaks.append(Noting(module, module, Accelerator(cpu=True), of_batch, masks=False).peak(4))
+        assert not module.answers
+    assert (kept[1] > 3 * kept[0], seen[1]) == (True, 4 * seen[0])
+    assert peaks[1] - peaks[0] == pytest.approx(kept[1] - kept[0] + seen[1] - seen[0], rel=0.05)
+
+
+def test_what_a_trial_has_kept_is_dropped_with_it():
+    recipe = load_recipe("dino", "demo", depth=1)
+    method = replace(recipe, train=replace(recipe.train, split_views=True)).method.build(recipe)
+
+    class Full(fit.Trial):
+        def step(self, images):
+            self.method.targets = torch.zeros(images)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert Full(method, method, Accelerator(cpu=True), recipe, masks=False).peak(2) is None
+    assert method.targets is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "speaks"),
+    [
+        ("dino", {}, False), ("dino", {"consistency_weight": 1.0}, True), ("consistency", {}, True), ("mae", {}, False),
+        ("dinov2", {}, False), ("dinov2", {"centring": "sinkhorn"}, True),
+    ],
+)  # fmt: skip
+def test_trials_know_where_processes_wait_for_each_other(name, changes, speaks):
+    recipe = load_recipe(name, "demo", depth=1)
+    method = replace(recipe.method, **changes).build(recipe)
+    assert fit.Trial(method, method, Accelerator(cpu=True), recipe, masks=False).speaks == speaks
 
 
 def test_no_room_at_all_is_one_line(run, tmp_path, monkeypatch):
