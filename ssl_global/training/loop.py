@@ -129,7 +129,8 @@ def train(run: Run) -> Ending:
         # ------------------------------------------------------------------------------------------------------------
 
         if run.finite_steps.too_many(agreed):
-            run.finite_steps.where = where_not_finite(run.model, method, batch, progress)
+            with precision(accelerator, recipe):
+                run.finite_steps.where = where_not_finite(run.model, method, batch, progress)
             run.display.warn(run.finite_steps.report(state.step))
             return "diverged"
         watch.begin()  # after the first step: it may compile, and its data may have been far away

@@ -137,19 +137,23 @@ def test_a_save_that_outlasts_the_grace_ends_the_run_as_it_is(run, tmp_path, mon
 
 
 def test_a_run_that_is_never_finite_rolls_back_once_and_ends_with_a_report(run, tmp_path, monkeypatch, capsys):
-    forward, block = Dino.forward, []
+    """The look for where it began is taken in the steps' precision: FSDP2's weights are in no other."""
+    forward, block, in_precision = Dino.forward, [], []
 
     def poisoned(self, batch, progress):
+        in_precision.append(torch.is_autocast_enabled("cpu"))
         if progress.step >= 4 and not block:
             layer = self.student.encoder.model.blocks[1].mlp.fc1
             block.append(layer.register_forward_hook(lambda module, given, output: output * float("inf")))
         return forward(self, batch, progress)
 
     monkeypatch.setattr(Dino, "forward", poisoned)
+    monkeypatch.setattr(loop, "precision", lambda accelerator, recipe: torch.autocast("cpu", torch.bfloat16))
     with pytest.raises(SystemExit) as stop:
         run("dino", tmp_path / "run", "--train.steps=20", "--train.max-bad-steps=2")
     assert stop.value.code == 2
     said = capsys.readouterr()
+    assert all(in_precision)
     assert "rolled back to step 3; the data goes on behind step 7. It is done once" in said.out
     assert "not finite in 3 steps in a row, 5 to 7" in said.out
     assert "process 0: the output of student.encoder.model.blocks.1.mlp.fc1 (Linear) is not finite" in said.err
