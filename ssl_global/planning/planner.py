@@ -154,11 +154,13 @@ def plan(spec: str, machine: Machine, *, images: int, classes: int | None = None
     memories = [replace(one, micro_batch=fitting(one, share, together, machine.vram_gb * GB)) for one in memories]
     found = next((memory.micro_batch for memory in memories if memory.micro_batch), None)
     least = list(parts_of(share, at_most=share, multiple_of=together))[-1]
-    if not as_it_is and (found or least) != recipe.train.micro_batch:
+    chosen = changed(recipe, {"train.micro_batch": found or least})
+    if not as_it_is or recipe.train.micro_batch == "auto":
+        run = plan_run(chosen, num_images=images, num_processes=machine.gpus)
+    if not as_it_is and chosen != recipe:
         why = f"the largest that fits {machine.vram_gb:g} GB, by a dry run" if found else "the least that there is"
         choices = [*choices, Choice("train.micro_batch", recipe.train.micro_batch, found or least, why)]
-        recipe = changed(recipe, {"train.micro_batch": found or least})
-        run = plan_run(recipe, num_images=images, num_processes=machine.gpus)
+        recipe = chosen
     hours, time_by = time_of(run, step, machine, peak)
     return Planned(
         name=f"{file.stem}:{function}", file=file, base=base, recipe=recipe, choices=choices, machine=machine,

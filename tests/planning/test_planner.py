@@ -168,6 +168,16 @@ def test_the_command_says_it_all(tmp_path, capsys):
     assert fsdp["averages"] == ddp["averages"] / 2
 
 
+def test_as_it_is_auto_is_what_fits(known, monkeypatch):
+    """As the run would find it; the recipe keeps its word."""
+    file, function, build = find("dino")
+    auto = replace(build(), train=replace(build().train, micro_batch="auto"))
+    monkeypatch.setattr(planner, "find", lambda spec: (file, function, lambda: auto))
+    as_it_is = plan("dino", Machine(vram_gb=8), images=40_000, as_it_is=True)
+    assert as_it_is.run.micro_batch == as_it_is.memories[0].micro_batch < as_it_is.run.global_batch
+    assert (as_it_is.recipe, as_it_is.choices) == (auto, [])
+
+
 def test_as_it_is(known, capsys):
     cli.main(["plan", "--recipe", "dino", "--images", "3000", "--as-it-is"])
     said = capsys.readouterr().out
