@@ -12,9 +12,8 @@ from torch import Tensor
 from ssl_global.evaluation.features import Split
 
 SIMILARITIES_AT_ONCE = 2**26  # ours: 256 MB of float32
-GROUP = (
-    64  # images of the bank (ours): about the root of 100 000 / 20, where both steps of `most_similar` cost the same
-)
+# Images of the bank (ours): about the root of 100 000 / 20, where both steps of `most_similar` cost the same.
+GROUP = 64
 
 
 def knn_predict(

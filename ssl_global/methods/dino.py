@@ -165,8 +165,8 @@ class Dino(Method):
         loss = dino_loss(student_VBK, targets.probabilities, student_temp=temp, first=first, num_views=num_views)
         figures = {
             "teacher_entropy_share": entropy / math.log(config.prototypes),
-            "teacher_kl": loss.detach()
-            - entropy,  # of the student from the teacher: what the student could still learn
+            # Of the student from the teacher: what the student could still learn.
+            "teacher_kl": loss.detach() - entropy,
         }
         if targets.regions is not None:
             by_region = region_loss(student, targets.regions, student_temp=temp, first=first, num_views=num_views)
