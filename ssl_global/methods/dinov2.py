@@ -326,6 +326,10 @@ class Dinov2(Method):
     def backbones(self) -> dict[str, Encoder]:
         return {"teacher": self.teacher.encoder, "student": self.student.encoder}
 
+    def recipe_encoders(self) -> list[Encoder]:
+        """The Gram teacher too: at gram_start_epochs 0 it is what the run begins from."""
+        return [*self.backbones().values(), *([] if self.gram_teacher is None else [self.gram_teacher])]
+
 
 class Learner(nn.Module):
     """An encoder and its heads: student or teacher."""

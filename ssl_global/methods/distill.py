@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder, Tokens
-from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone
+from ssl_global.encoders.pretrained import PretrainedConfig, of_backbone, said_by
 from ssl_global.encoders.timm_model import TimmConfig, TimmModel
 from ssl_global.errors import UserError, wrong
 from ssl_global.methods.dino_loss import dino_loss
@@ -103,7 +103,7 @@ class DistillConfig(MethodConfig):
 
     def check_students(self, recipe: Recipe) -> None:
         for name in self.students:
-            if not timm.is_model(name) or self.students.count(name) > 1:
+            if "." in name or not timm.is_model(name) or self.students.count(name) > 1:
                 raise wrong("method.students", self.students, f"{name}: names of timm without a .tag, each once")
             try:
                 TimmConfig(name=name).check(recipe)
@@ -112,6 +112,7 @@ class DistillConfig(MethodConfig):
 
     def settled(self, recipe: Recipe) -> "DistillConfig":
         teacher = read_teacher(self, recipe)
+        refuse_size(teacher, recipe)
         widths = (teacher.encoder.width, teacher.encoder.patch_width)
         return replace(self, teacher_widths=widths, teacher_hash=hash_of(teacher.encoder))
 
@@ -183,6 +184,10 @@ class Distill(Method):
 
     def backbones(self) -> dict[str, Encoder]:
         return {name: student.encoder for name, student in self.parts()}
+
+    def recipe_encoders(self) -> list[Encoder]:
+        """Without the students beside it, which are of other architectures and begin untrained."""
+        return [next(iter(self.backbones().values()))]
 
 
 @dataclass(frozen=True)
@@ -363,6 +368,17 @@ def read_teacher(config: DistillConfig, recipe: Recipe) -> Teacher:
     scale = [own / its for own, its in zip(own_std, std, strict=True)]
     shift = [(own - its) / deviation for own, its, deviation in zip(own_mean, mean, std, strict=True)]
     return Teacher(encoder, scale, shift)
+
+
+def refuse_size(teacher: Teacher, recipe: Recipe) -> None:
+    """Raises UserError if it does not take the recipe's global views."""
+    pixels = recipe.views.globals.pixels
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, recipe.data.channels, pixels, pixels))
+    except (AssertionError, RuntimeError, ValueError) as error:  # as the model's authors wrote it
+        name = teacher.encoder.architecture
+        raise wrong("views.globals.pixels", pixels, f"the teacher, {name}, does not take them: {said_by(error)}") from error
 
 
 def no_folder(teacher: str) -> str | None:

@@ -83,12 +83,16 @@ class Method(nn.Module):
         (None)."""
         return recipe.encoder.build(recipe)
 
+    def recipe_encoders(self) -> list[Encoder]:
+        """Those that are what the recipe's encoder.* says: encoder.weights are for them, and they wait afterwards."""
+        return list(self.backbones().values())
+
     def begin_with(self, weights: from_weights.Weights) -> list[str]:
-        """Before the first step: all encoders begin with these. Returns what became of them, in lines.
+        """Before the first step: the recipe's encoders begin with these. Returns what became of them, in lines.
 
         Raises UserError if they are another architecture's.
         """
-        reports = [from_weights.begin(encoder, weights) for encoder in self.backbones().values()]
+        reports = [from_weights.begin(encoder, weights) for encoder in self.recipe_encoders()]
         return reports[0]
 
     def backbones(self) -> dict[str, Encoder]:

@@ -13,9 +13,9 @@ from ssl_global.schedules import Progress, cosine, linear, share_of, warmup_cosi
 def build_optimizer(method: Method, optim: Optim, *, waiting_epochs: float = 0.0) -> AdamW:
     """Groups as the method has them. Fused where the device can.
 
-    waiting_epochs  how long the encoders wait for what is new; then they have groups of their own
+    waiting_epochs  how long the recipe's encoders wait for what is new; then they have groups of their own
     """
-    waiting = {p for encoder in method.backbones().values() for p in encoder.parameters()} if waiting_epochs else set()
+    waiting = {p for encoder in method.recipe_encoders() for p in encoder.parameters()} if waiting_epochs else set()
     groups: list[dict[str, Any]] = []
     for group in method.parameter_groups():
         apart = [p for p in group["params"] if p in waiting]

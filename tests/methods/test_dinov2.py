@@ -14,6 +14,7 @@ from PIL import Image
 from recipes_under_test import load_recipe
 from timm.optim import param_groups_layer_decay
 
+from ssl_global.encoders.weights import Weights
 from ssl_global.errors import UserError
 from ssl_global.methods import ibot_loss as ibot
 from ssl_global.methods import sinkhorn
@@ -401,6 +402,15 @@ def test_the_gram_teacher_begins_and_follows_in_steps():
             copied.append(step + 1)
             assert all(torch.equal(now[name], teacher[name]) for name in now)
     assert copied == [5, 8, 11]
+
+
+def test_weights_that_exist_are_the_gram_teachers_too():
+    """At gram_start_epochs 0 the first steps are anchored to it, and it is not copied before gram_every_steps."""
+    method = build(**GRAM)
+    theirs = {name: tensor + 1 for name, tensor in method.student.encoder.model.state_dict().items()}
+    method.begin_with(Weights("somewhere", theirs))
+    for encoder in (method.student.encoder, method.teacher.encoder, method.gram_teacher):
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in encoder.model.state_dict().items())
 
 
 def test_rates_of_layers_are_timms_and_the_patch_embedding_has_its_own():

@@ -1,6 +1,7 @@
 """Distilling: each term is its docstring's loop, the teacher stays what it is, students of any family learn."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +16,12 @@ from tiny_runs import tiny_teacher
 
 from ssl_global.encoders.encoder import Tokens
 from ssl_global.encoders.timm_model import TimmConfig
+from ssl_global.encoders.weights import Weights
 from ssl_global.errors import UserError
 from ssl_global.methods.distill import Standard, feature_loss, resampled
 from ssl_global.recipe import Data
 from ssl_global.schedules import Progress
+from ssl_global.training.optim import build_optimizer
 
 LATER = Progress(step=50, num_steps=100, steps_per_epoch=10)
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 2, "window_size": 4}
@@ -193,6 +196,18 @@ def test_students_of_all_families_learn_at_once_and_the_teacher_does_not(teacher
     assert all(torch.equal(before[name], tensor) for name, tensor in distill.teacher.state_dict().items())
 
 
+def test_weights_that_exist_are_for_the_encoder_and_it_alone_waits(teacher):
+    distill = build(teacher, students=("test_resnet",))
+    student, beside = (distill.students[name].encoder for name in ("student", "test_resnet"))
+    theirs = {name: tensor + 1 for name, tensor in student.model.state_dict().items()}
+    assert distill.begin_with(Weights("somewhere", theirs))[0].endswith(f"{len(theirs)} of {len(theirs)} tensors loaded")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in student.model.state_dict().items())
+    optimizer = build_optimizer(distill, load_recipe("distill", "demo").optim, waiting_epochs=1)
+    waiting = {p for group in optimizer.param_groups if group["waiting_epochs"] for p in group["params"]}
+    assert waiting == set(student.parameters())
+    assert not waiting & set(beside.parameters())
+
+
 def test_students_share_nothing_but_the_teacher(teacher):
     """Of two students each has half of the gradient that it has alone."""
     alone, beside = build(teacher), build(teacher, students=("test_resnet",))
@@ -251,6 +266,7 @@ def test_the_teacher_is_in_no_checkpoint(teacher):
         ({"teacher": "vit_smal"}, "method.teacher = vit_smal: .*vit_small"),
         ({"teacher": ""}, "method.teacher = '': an export's or a run's folder"),
         ({"students": ("resnet1",)}, "method.students = .*resnet1: names of timm without a .tag"),
+        ({"students": ("resnet18.a1_in1k",)}, "method.students = .*resnet18.a1_in1k: names of timm without a .tag"),
         ({"students": ("test_resnet", "test_resnet")}, "method.students = .*test_resnet: names of timm .* each once"),
         ({"students": ("vit_base_patch14_dinov2",)}, r"method.students = vit_base_patch14_dinov2: views.globals.pixel"),
         ({"patch_weight": -1.0}, "method.patch_weight = -1.0: 0"),
@@ -266,6 +282,18 @@ def test_what_cannot_be_is_refused_in_one_line(teacher, change, words):
     with pytest.raises(UserError, match=words) as refused:
         settle()
     assert "\n" not in str(refused.value)
+
+
+def test_a_teacher_that_does_not_take_the_views_is_one_line(teacher, tmp_path):
+    """As timm's published ViTs, which take multiples of their patch; our own exports pad."""
+    published = shutil.copytree(teacher, tmp_path / "published")
+    found = json.loads((teacher / "config.json").read_text())
+    del found["model_args"]["dynamic_img_pad"]
+    (published / "config.json").write_text(json.dumps(found))
+    student = load_recipe("distill", "demo", patch=3, width=32, heads=2).encoder
+    recipe = recipe_of(published, pixels=18, encoder=student)
+    with pytest.raises(UserError, match=r"views.globals.pixels = 18: the teacher, vit_tiny_patch16_224, does not"):
+        recipe.method.settled(recipe)
 
 
 def test_a_teacher_of_other_channels_or_with_other_weights_is_refused(teacher, tmp_path):
