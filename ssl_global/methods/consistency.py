@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import wrong
-from ssl_global.methods.consistency_loss import consistency_loss
+from ssl_global.methods.consistency_loss import consistency_loss, refuse_auto
 from ssl_global.methods.heads import Projector
 from ssl_global.methods.method import Batch, Method
 from ssl_global.methods.multi_crop import tokens_of
@@ -41,6 +41,7 @@ class ConsistencyConfig(MethodConfig):
             raise wrong("views.locals.count", recipe.views.locals.count, "at least 1: global views find local ones")
         if recipe.train.global_batch < 2:
             raise wrong("train.global_batch", recipe.train.global_batch, "at least 2: other images are the negatives")
+        refuse_auto(recipe)
 
     def images_together(self) -> int:
         return 2  # an image alone has no negatives

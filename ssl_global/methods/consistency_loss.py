@@ -24,6 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_global.errors import wrong
+from ssl_global.recipe import Recipe
+
 
 def consistency_loss(global_GBD: Tensor, local_LBD: Tensor, *, temp: float) -> Tensor:
     """Mean over all pairs (global view, local view) of an image, in both directions, of InfoNCE in nats.
@@ -96,6 +99,13 @@ class Gather(torch.autograd.Function):
         dist.all_reduce(total_VND)
         first = rank() * ctx.num_images
         return total_VND[:, first : first + ctx.num_images]
+
+
+def refuse_auto(recipe: Recipe) -> None:
+    """Raises UserError where the machine's memory would choose the negatives, and so what is learnt."""
+    if recipe.train.micro_batch == "auto":
+        right = "a number, or None: the images at once are each other's negatives, the method learns another thing"
+        raise wrong("train.micro_batch", "auto", right)
 
 
 def several() -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.errors import wrong
-from ssl_global.methods.consistency_loss import consistency_loss
+from ssl_global.methods.consistency_loss import consistency_loss, refuse_auto
 from ssl_global.methods.dino_loss import dino_loss
 from ssl_global.methods.heads import Projector, PrototypeHead
 from ssl_global.methods.method import Batch, Method
@@ -86,6 +86,8 @@ class DinoConfig(MethodConfig):
             raise wrong("method.consistency_temp", self.consistency_temp, "above 0; the sources' is 0.1")
         if self.consistency_weight and recipe.views.locals.count < 1:
             raise wrong("method.consistency_weight", self.consistency_weight, "0, or views.locals.count 1 or more")
+        if self.consistency_weight:
+            refuse_auto(recipe)
 
     def splits_views(self) -> bool:
         return not self.consistency_weight

@@ -378,7 +378,9 @@ def refuse_size(teacher: Teacher, recipe: Recipe) -> None:
             teacher(torch.zeros(1, recipe.data.channels, pixels, pixels))
     except (AssertionError, RuntimeError, ValueError) as error:  # as the model's authors wrote it
         name = teacher.encoder.architecture
-        raise wrong("views.globals.pixels", pixels, f"the teacher, {name}, does not take them: {said_by(error)}") from error
+        raise wrong(
+            "views.globals.pixels", pixels, f"the teacher, {name}, does not take them: {said_by(error)}"
+        ) from error
 
 
 def no_folder(teacher: str) -> str | None:

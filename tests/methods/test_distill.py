@@ -200,7 +200,9 @@ def test_weights_that_exist_are_for_the_encoder_and_it_alone_waits(teacher):
     distill = build(teacher, students=("test_resnet",))
     student, beside = (distill.students[name].encoder for name in ("student", "test_resnet"))
     theirs = {name: tensor + 1 for name, tensor in student.model.state_dict().items()}
-    assert distill.begin_with(Weights("somewhere", theirs))[0].endswith(f"{len(theirs)} of {len(theirs)} tensors loaded")
+    assert distill.begin_with(Weights("somewhere", theirs))[0].endswith(
+        f"{len(theirs)} of {len(theirs)} tensors loaded"
+    )
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in student.model.state_dict().items())
     optimizer = build_optimizer(distill, load_recipe("distill", "demo").optim, waiting_epochs=1)
     waiting = {p for group in optimizer.param_groups if group["waiting_epochs"] for p in group["params"]}

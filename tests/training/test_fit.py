@@ -124,7 +124,7 @@ def test_a_trial_takes_what_a_plan_says():
     recipe = load_recipe("mae", "demo", depth=2)
     parts, step = dry_run(recipe)
     method = recipe.method.build(recipe)
-    trial = fit.Trial(method, method, Accelerator(cpu=True), recipe, masks=False)
+    trial = fit.Trial(method, method, Accelerator(cpu=True), recipe, share=64, masks=False)
     for images in (8, 32):
         expected = step.bytes(images) + (4 + 8) * parts.learning
         assert trial.peak(images) == pytest.approx(expected, rel=0.03)
@@ -176,6 +176,15 @@ def test_trials_know_where_processes_wait_for_each_other(name, changes, speaks):
     recipe = load_recipe(name, "demo", depth=1)
     method = replace(recipe.method, **changes).build(recipe)
     assert fit.Trial(method, method, Accelerator(cpu=True), recipe, masks=False).speaks == speaks
+
+
+@pytest.mark.parametrize(("name", "changed"), [("consistency", {}), ("dino", {"consistency_weight": 1.0})])
+def test_memory_does_not_choose_negatives(name, changed):
+    recipe = load_recipe(name, "demo")
+    recipe = replace(recipe, method=replace(recipe.method, **changed))
+    recipe.check()
+    with pytest.raises(UserError, match=r"train\.micro_batch = auto: a number, or None: the images at once"):
+        replace(recipe, train=replace(recipe.train, micro_batch="auto")).check()
 
 
 def test_no_room_at_all_is_one_line(run, tmp_path, monkeypatch):
