@@ -51,8 +51,9 @@ def plan_run(recipe: Recipe, *, num_images: int, num_processes: int) -> Plan:
     at_most = train.micro_batch if isinstance(train.micro_batch, int) else share
     micro_batch = next(parts_of(share, at_most=at_most, multiple_of=together), None)
     if micro_batch is None:
+        repeats = recipe.data.repeats
         raise wrong(
-            "data.repeats", recipe.data.repeats,
+            *(("data.repeats", repeats) if repeats > 1 else ("train.global_batch", train.global_batch)),
             f"a process's share of the batch is {share} images, at most {at_most} of them at once: "
             f"none of its parts is a multiple of {together}, and so many images belong together",
         )  # fmt: skip

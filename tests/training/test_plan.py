@@ -69,6 +69,14 @@ def test_repeats_divide_what_a_process_takes_at_once():
             plan_run(replace(recipe, data=Data(repeats=repeats)), num_images=5000, num_processes=2)
 
 
+def test_images_that_a_method_keeps_together_are_not_parted():
+    """DINOv2's demo looks for neighbours among 64 images, and so many are its step: two processes cannot share it."""
+    recipe = load_recipe("dinov2", "demo")
+    assert plan_run(recipe, num_images=5000, num_processes=1).micro_batch == 64
+    with pytest.raises(UserError, match=r"train\.global_batch = 64: .* share of the batch is 32 .* multiple of 64"):
+        plan_run(recipe, num_images=5000, num_processes=2)
+
+
 def test_steps_and_epochs():
     recipe = replace(train(epochs=None, steps=100, global_batch=10), optim=replace(MAE.optim, warmup_epochs=5))
     plan = plan_run(recipe, num_images=50, num_processes=1)
