@@ -37,6 +37,7 @@ from ssl_global.methods.consistency_loss import consistency_loss, refuse_auto
 from ssl_global.methods.dino_loss import dino_loss
 from ssl_global.methods.heads import Projector, PrototypeHead
 from ssl_global.methods.method import Batch, Method
+from ssl_global.methods.multi_crop import tokens_of
 from ssl_global.methods.teacher import Centre, follow, log_probabilities, move_teacher
 from ssl_global.recipe import MethodConfig, Recipe, in_range, not_longer_than_run
 from ssl_global.schedules import Progress, cosine, linear, share_of
@@ -243,15 +244,11 @@ class Distiller(nn.Module):
         return [self.head] if self.region_head is None else [self.head, self.region_head]
 
     def forward(self, views: list[Tensor]) -> Said:
-        """Neighbouring views of one size go through the encoder together."""
-        summaries, patches, start = [], [], 0
-        for stop in range(1, len(views) + 1):
-            if stop == len(views) or views[stop].shape != views[start].shape:
-                tokens = self.encoder(torch.cat(views[start:stop]))
-                summaries.append(tokens.summary)
-                if self.region_head is not None:
-                    patches += tokens.patches.chunk(stop - start)
-                start = stop
+        summaries, patches = [], []
+        for tokens in tokens_of(self.encoder, views):
+            summaries.append(tokens.summary)
+            if self.region_head is not None:
+                patches += tokens.patches.split(len(views[0]))
         regions = [self.region_head(view) for view in patches] if self.region_head is not None else []
         summaries_all = torch.cat(summaries)
         return Said(summaries_all, self.head(summaries_all), patches, regions)
