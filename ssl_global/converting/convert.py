@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ssl_global.converting.layouts import CLASSIFIER, LAYOUTS, Keys, Layout, layout_of
-from ssl_global.converting.read import Weights, read, some
 from ssl_global.converting.shapes import Architecture, Asked, patch_embedding
 from ssl_global.encoders.encoder import Encoder
+from ssl_global.encoders.files import Weights, read, some
 from ssl_global.encoders.pretrained import Pretrained, PretrainedConfig, said_by
 from ssl_global.errors import UserError
 from ssl_global.export import how_to_load, publish, refuse_other_folders

@@ -24,10 +24,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import clean_state_dict
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from ssl_global.encoders import files
 from ssl_global.encoders.encoder import Encoder
 from ssl_global.encoders.pretrained import load_but, renamed, said_by, weights_of
 from ssl_global.errors import UserError, wrong
@@ -81,20 +82,12 @@ def of_folder(weights: str, folder: Path) -> Weights:
 
 
 def of_file(weights: str, file: Path) -> dict[str, Tensor]:
-    """As timm reads it: a state_dict, or one under "state_dict" or "model"; of a pickle only what needs no code."""
+    """Those of encoders/files.py, without the prefixes of wrappers."""
     try:
-        found = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # of many kinds: safetensors', torch's, the pickle's, or of a file of another kind
-        if "weights_only=True blocked" in str(error):  # timm's words
-            raise wrong(FIELD, weights, "a pickle that needs code to be run, or no weights at all: not read") from error
-        said = said_by(error).partition(". ")[0]
-        raise wrong(
-            FIELD, weights, f"{file.name} cannot be read, is it whole? {type(error).__name__}: {said}"
-        ) from error
-    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-    if not tensors:
-        others = ", ".join(map(str, list(found)[:NAMED]))
-        raise wrong(FIELD, weights, f"holds no tensors under state_dict or model, but {others or 'nothing'}")
+        found = files.read(file).tensors
+    except UserError as error:
+        raise wrong(FIELD, weights, str(error).removeprefix(f"{file}: ")) from error
+    tensors: dict[str, Tensor] = clean_state_dict(found)
     return tensors
 
 

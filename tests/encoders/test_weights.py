@@ -1,8 +1,10 @@
 """Weights from elsewhere: what is resampled still says the same, every tensor is accounted for, others are refused."""
 
+import argparse
 import os
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -189,6 +191,10 @@ def files(folder):
         (folder / part).write_bytes(data[: len(data) // 2])
     torch.save({"model": tensors, "code": Touch(folder / "ran")}, folder / "code.pth")
     torch.save({"epoch": 3}, folder / "empty.pth")
+    student = {name: tensor + 1 for name, tensor in tensors.items()}
+    beside = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.5)}
+    torch.save({"student": student, "teacher": tensors, **beside}, folder / "authors.pth")
+    torch.save({"model": student, "model_ema": tensors}, folder / "averaged.pth")
     (folder / "text.pth").write_text("no weights at all")
     for name, model in (
         ("resnet", timm.create_model("test_resnet")),
@@ -199,11 +205,11 @@ def files(folder):
 
 
 REFUSED = {
-    "cut.safetensors": r"cut\.safetensors cannot be read, is it whole\? SafetensorError",
-    "cut.pth": r"cut\.pth cannot be read, is it whole\?",
-    "text.pth": "or no weights at all: not read",
-    "code.pth": "a pickle that needs code to be run, or no weights",
-    "empty.pth": "holds no tensors under state_dict or model, but epoch",
+    "cut.safetensors": r"cut\.safetensors: cannot be read, is it whole\? Error while deserializing",
+    "cut.pth": r"cut\.pth: cannot be read, is it whole\?",
+    "text.pth": "no checkpoint, or a damaged one: not read$",
+    "code.pth": r"a pickle that needs code, posix\.mkdir, and is not read",
+    "empty.pth": "has no weights, but epoch",
     "resnet.safetensors": r"none of its \d+ tensors \(bn1.* and \d+ more\) is a VisionTransformer's \(cls_token, ",
     "deeper.safetensors": r"has blocks\.2\.attn.* and 9 more, which this VisionTransformer has not: other sizes",
     "shallower.safetensors": r"lacks blocks\.1\.norm1\.weight and 11 more of VisionTransformer",
@@ -234,7 +240,7 @@ def test_what_cannot_be_is_one_line(name, folder):
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["whole.safetensors", "a.pth"])
+@pytest.mark.parametrize("name", ["whole.safetensors", "a.pth", "authors.pth", "averaged.pth"])
 def test_files_are_read(name, folder):
     encoder = vit()
     assert begin(encoder, read(str(folder / name)))[0].endswith("30 of 30 tensors loaded")

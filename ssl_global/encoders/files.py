@@ -28,7 +28,7 @@ KINDS = [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", 
 HARMLESS: list[Any] = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), *KINDS]
 
 # Where several entries of a file hold weights, the first of these is taken: what its authors evaluate.
-USUAL = ("teacher", "model", "state_dict", "module", "student")
+USUAL = ("teacher", "model_ema", "state_dict_ema", "model", "state_dict", "module", "student")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_file_of_tensors(file: Path) -> dict[str, Any]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+        raise UserError(f"{file}: cannot be read, is it whole? {error}") from error
 
 
 def load_pickle(file: Path) -> dict[str, Any]:
@@ -84,14 +84,15 @@ def load_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL |allowed global: |class )([\w.]+)", str(error))
         if wanted is None:
-            raise UserError(f"{file}: no checkpoint: {str(error).splitlines()[0]}") from error
+            # Not in torch's words, which advise to run what is in the file.
+            raise UserError(f"{file}: no checkpoint, or a damaged one: not read") from error
         raise UserError(
             f"{file}: a pickle that needs code, {wanted[1]}, and is not read; if you trust it, save its weights alone "
             "where that is installed, by torch.save of the entry that holds them"
         ) from error
     except Exception as error:  # of many kinds, whatever bytes are there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{file}: cannot be read: {reason}") from error
+        raise UserError(f"{file}: cannot be read, is it whole? {reason}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"{file}: holds a {type(found).__name__}; tensors by their names would be right")
     return {str(name): value for name, value in found.items()}
