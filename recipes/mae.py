@@ -8,8 +8,8 @@ The same command again goes on from the newest checkpoint in --out.
 
 Expect   recipe(): unmeasured here. The authors, after 1600 epochs of ImageNet: linear probe 67.8, fine-tuned 83.6
          (FINETUNE.md).
-         demo(), 2026-11-21, 2 cores of a Xeon server, one thread, built-in sample, linear probe against untrained:
-         0.691 / 0.589, 0.697 / 0.626, 0.664 / 0.602 (seeds 0, 1, 2; 156 s for the last); k-NN +16.6, +14.0, +13.8.
+         demo(), 2026-11-22, 2 busy cores of a Xeon server, one thread, built-in sample, linear probe against untrained:
+         0.714 / 0.589, 0.689 / 0.626, 0.664 / 0.602 (seeds 0, 1, 2; 222 s for the first); k-NN +18.8, +17.6, +14.4.
          900 images judge, so a figure is good to 1.5 points; more epochs or a deeper encoder did not raise it.
 Numbers  facebookresearch/mae PRETRAIN.md, main_pretrain.py, models_mae.py@efb2a80, unless marked "ours".
 """

@@ -1376,7 +1376,7 @@ ALLOWED = {
     ("ssl_global/recipe.py", "importlib.import_module"),  # of this package's own encoders and methods
     ("ssl_global/attention/__init__.py", "importlib.import_module"),  # of the modules beside it, by names()
     ("ssl_global/finetuning/heads/__init__.py", "importlib.import_module"),  # of the heads beside it, by names()
-    ("ssl_global/converting/read.py", "import pickle"),  # for the name of its error
+    ("ssl_global/encoders/files.py", "import pickle"),  # for the name of its error
     ("benchmarks/attention.py", "importlib.import_module"),  # of the attention modules, by names()
     ("benchmarks/__main__.py", "importlib.import_module"),  # of the benchmarks beside it
 }

@@ -197,9 +197,6 @@ class Dinov2(Method):
     def looks_ahead(self) -> bool:
         return self.config.centring == "sinkhorn"
 
-    def speaks(self) -> bool:
-        return self.config.centring == "sinkhorn"
-
     def centres(self) -> list[Centre]:
         return [self.centre, self.patch_centre] if self.config.centring == "softmax" else []
 

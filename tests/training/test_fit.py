@@ -124,7 +124,7 @@ def test_a_trial_takes_what_a_plan_says():
     recipe = load_recipe("mae", "demo", depth=2)
     parts, step = dry_run(recipe)
     method = recipe.method.build(recipe)
-    trial = fit.Trial(method, method, Accelerator(cpu=True), recipe, share=64, masks=False)
+    trial = fit.Trial(method, method, Accelerator(cpu=True), recipe, masks=False)
     for images in (8, 32):
         expected = step.bytes(images) + (4 + 8) * parts.learning
         assert trial.peak(images) == pytest.approx(expected, rel=0.03)
