@@ -39,7 +39,8 @@ class Display:
         self.console = Console(quiet=not visible, highlight=False, soft_wrap=True)
         self.num_steps = num_steps
         self.metrics: dict[str, float] = {}
-        self.started, self.start_step = time.monotonic(), start_step
+        self.start_step = start_step
+        self.started: float | None = None  # when start_step was done: what came before the first step says nothing
         self.live: Live | None = None
         if self.console.is_terminal and visible:
             self.bar = Progress(
@@ -62,6 +63,8 @@ class Display:
 
     def step(self, step: int) -> None:
         """One more step is done."""
+        if self.started is None:
+            self.started, self.start_step = time.monotonic(), step
         if self.live:
             self.bar.update(self.task, completed=step)
 
@@ -71,10 +74,11 @@ class Display:
         if self.live:
             self.live.update(self.render())
         else:
-            done = max(step - self.start_step, 1)
-            left = (time.monotonic() - self.started) / done * (self.num_steps - step)
             figures = [f"{name} {form.format(metrics[key])}" for key, (name, form) in COLUMNS.items() if key in metrics]
-            self.console.print(f"step {step}/{self.num_steps}  {'  '.join(figures)}  left {duration(left)}")
+            if self.started is not None and (done := step - self.start_step):
+                left = (time.monotonic() - self.started) / done * (self.num_steps - step)
+                figures.append(f"left {duration(left)}")
+            self.console.print(f"step {step}/{self.num_steps}  {'  '.join(figures)}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
