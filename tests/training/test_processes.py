@@ -15,9 +15,9 @@ from ssl_global.data.pack import pack
 from ssl_global.data.source import open_source
 
 
-@pytest.mark.parametrize("method", TINY)
-def test_two_processes_equal_one(method, run, photographs, tmp_path):
-    two = start(arguments(method, photographs, tmp_path / "two"))
+@pytest.mark.parametrize(("method", "more"), [*((method, []) for method in TINY), ("dino", ["--train.split-views"])])
+def test_two_processes_equal_one(method, more, run, photographs, tmp_path):
+    two = start(arguments(method, photographs, tmp_path / "two", *more))
     one = run(method, tmp_path / "one")
     code, out, error = finish(two)
     assert code == 0, error[-2000:]
