@@ -9,8 +9,7 @@ at once: give it as many as fit, without accumulation.
 
 Expect   recipe(): unmeasured here.
          demo(), 2026-11-22, 2 cores of a Xeon server, one thread, built-in sample, k-NN against untrained:
-         0.666 / 0.499, 0.680 / 0.490, 0.671 / 0.512 (seeds 0, 1, 2; raw pixels 0.264); 342 s for seed 0 on cores that
-         four other jobs shared.
+         0.666 / 0.499, 0.680 / 0.490, 0.671 / 0.512 (seeds 0, 1, 2; raw pixels 0.264); 155 s in all for seed 0.
 Numbers  the temperature is the sources' and SimCLR's (https://arxiv.org/abs/2002.05709), the projector's widths
          SimCLR's; views are DINO's (https://arxiv.org/abs/2104.14294, main_dino.py@7c446df); the optimizer's are those
          of MoCo v3, which is InfoNCE on ViTs (https://arxiv.org/abs/2104.02057, facebookresearch/moco-v3 CONFIG.md,

@@ -10,9 +10,8 @@ pixels wide, as theirs. DINOv2's other teacher:
     --method.centring sinkhorn --method.separate-heads
 
 Expect   recipe(): unmeasured here. The authors, a plain Swin-T/14 and mean pooling: k-NN 76.2, linear 79.3 on ImageNet.
-         demo(), 2026-11-22, 2 cores of a Xeon server that five other jobs were busy on, one thread, built-in sample,
-         k-NN against untrained: 0.580 / 0.416, 0.560 / 0.423, 0.540 / 0.429 (seeds 0, 1, 2; 165 s of one core each);
-         raw pixels 0.264.
+         demo(), 2026-11-22, 2 cores of a Xeon server, one thread, built-in sample, k-NN against untrained:
+         0.580 / 0.416, 0.560 / 0.423, 0.540 / 0.429 (seeds 0, 1, 2; 127 s of training); raw pixels 0.264.
 Numbers  bytedance/ibot README.md (Swin-T/14) and main_ibot.py's defaults, unless marked "ours"; colours are DINO's, on
          which it builds.
 """

@@ -48,7 +48,12 @@ def twenty_losses(name: str, out: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-@pytest.mark.parametrize("name", list(recipe_files()))
+LONG = {"hires"}  # DINO at other sizes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in recipe_files()]
+)
 def test_losses_are_golden(name, tmp_path):
     """To 1 in 1000: processors differ in the last digits, and twenty steps let them grow."""
     golden = json.loads(GOLDEN.read_text())
