@@ -385,8 +385,10 @@ def published_name(name: str) -> str:
 
 
 def refuse_difference(settings: Settings) -> None:
-    """Loss and gradient in float32, at the size that is measured."""
+    """Loss and gradient in float32, at the size that is measured; of DINO with split views too."""
     settings = replace(settings, precision="fp32", compile=False)
+    if settings.recipe == "dino" and not settings.split_views:
+        refuse_difference(replace(settings, split_views=True))
     (loss, ours), (wanted, published) = Ours(settings).gradients(), Published(settings).gradients()
     distance, length = 0.0, 0.0
     renamed = {published_name(name.removeprefix("student.")): gradient for name, gradient in ours.items()}

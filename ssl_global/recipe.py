@@ -152,9 +152,7 @@ class EncoderConfig:
     """What an encoder's own settings must offer; each encoder's file has its subclass."""
 
     drop_path: float = 0.0  # probability that the last block is skipped for an image, rising linearly from the first
-    weights: str | None = (
-        None  # where the run begins: timm name.tag, export, run, .safetensors or .pth; None: untrained
-    )
+    weights: str | None = None  # to begin from: a timm name.tag, export, run, .safetensors or .pth; None: untrained
 
     def check(self, recipe: "Recipe") -> None:
         raise NotImplementedError

@@ -187,7 +187,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """uint8 or float in 0..1, (B, C, H, W) -> float32 with mean 0 and deviation 1 for the data these numbers are of."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+    return (images - channels(mean, images)) / channels(std, images)
+
+
+def channels(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """(C, 1, 1), as the images are, without a wait for their device."""
+    return torch.tensor(numbers, dtype=like.dtype)[:, None, None].to(like.device, non_blocking=True)
 
 
 def paint(crops: Tensor, colours: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> list[Tensor]:
@@ -198,7 +203,7 @@ def paint(crops: Tensor, colours: Tensor, mean: tuple[float, ...], std: tuple[fl
     num_images, count = crops.shape[:2]
     x = crops.transpose(0, 1).flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     paint_colours(x.div_(255), colours.transpose(0, 1).flatten(0, 1))  # (count * B, C, H, W), view by view
-    x.sub_(x.new_tensor(mean)[:, None, None]).div_(x.new_tensor(std)[:, None, None])
+    x.sub_(channels(mean, x)).div_(channels(std, x))
     return list(x.view(count, num_images, *x.shape[1:]).unbind(0))
 
 
@@ -238,7 +243,7 @@ def grey(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, 1, H, W)."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return (x * x.new_tensor(GREY_WEIGHTS)[:, None, None]).sum(1, keepdim=True)
+    return (x * channels(GREY_WEIGHTS, x)).sum(1, keepdim=True)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -266,7 +271,7 @@ def hue(x: Tensor, turn: Tensor) -> Tensor:
     )
     turned = (sixths[:, None] + 6 * turn) % 6
     # Each channel falls from the value by the chroma times a trapezium of the hue, a third of the circle apart.
-    place = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + turned) % 6
+    place = (channels((5.0, 3.0, 1.0), x) + turned) % 6
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 

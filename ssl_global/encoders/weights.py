@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,13 +159,17 @@ def refuse_others(weights: Weights, found: dict[str, Tensor], encoder: Encoder) 
     if not found.keys() & ours.keys():
         raise wrong(
             FIELD, weights.where,
-            f"none of its {len(found)} tensors ({some(list(found))}) is a {kind}'s ({some(list(ours))}); "
+            f"none of its {len(found)} tensors ({files.some(found, NAMED)}) is a {kind}'s ({files.some(ours, NAMED)}); "
             "ssl-global convert knows other layouts",
         )  # fmt: skip
     parts = {name.partition(".")[0] for name in ours}
     besides = [n for n in found if n not in ours and n.partition(".")[0] in parts and not encoder.may_be_new(n)]
     if besides:
-        raise wrong(FIELD, weights.where, f"has {some(besides)}, which this {kind} has not: other sizes{hint(weights)}")
+        raise wrong(
+            FIELD,
+            weights.where,
+            f"has {files.some(besides, NAMED)}, which this {kind} has not: other sizes{hint(weights)}",
+        )
 
 
 def hint(weights: Weights) -> str:
@@ -182,15 +185,10 @@ def report(weights: Weights, found: dict[str, Tensor], ours: dict[str, Tensor], 
             changed.setdefault(sizes, []).append(name)
     others = [name for name in new if name in found]
     rows = [
-        *(("resampled", f"{some(names)}, {sizes}") for sizes, names in changed.items()),
+        *(("resampled", f"{files.some(names, NAMED)}, {sizes}") for sizes, names in changed.items()),
         ("new", ", ".join(name for name in new if name not in found)),
         ("new", ", ".join(f"{n} (there {tuple(found[n].shape)}, here {tuple(ours[n].shape)})" for n in others)),
         ("not used", ", ".join(name for name in found if name not in ours)),
     ]
     loaded = f"weights {weights.where}: {len(ours) - len(new)} of {len(ours)} tensors loaded"
     return [loaded, *(f"  {word:9}  {text}" for word, text in rows if text)]
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Values of a view at a time (ours): 1 MB on a CPU, whose cache then holds a few such; on a GPU what keeps it busy.
-AT_ONCE = {"cpu": 2**18}
-AT_ONCE_ELSEWHERE = 2**26
+from ssl_global.methods.chunks import chunks
 
 
 def dino_loss(
@@ -58,15 +56,13 @@ class CrossEntropies(torch.autograd.Function):
     def forward(
         ctx: Any, student_VBK: Tensor, teacher_GBK: Tensor, temp: float, first_view: int, num_views: int
     ) -> Tensor:
-        num_rows, num_images, num_prototypes = student_VBK.shape
+        num_rows, num_images = student_VBK.shape[:2]
         num_global = len(teacher_GBK)
         terms = num_images * (num_global * num_views - num_global)
         gradient = torch.empty_like(student_VBK) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student_VBK.device)
-        at_once = max(1, AT_ONCE.get(student_VBK.device.type, AT_ONCE_ELSEWHERE) // num_prototypes)
         with torch.autocast(student_VBK.device.type, enabled=False):
-            for first in range(0, num_images, at_once):
-                some = slice(first, first + at_once)
+            for some in chunks(student_VBK[0]):
                 teacher_GbK = teacher_GBK[:, some].float()
                 of_all_bK = teacher_GbK.sum(0)
                 for row in range(num_rows):

@@ -295,7 +295,7 @@ class Standard(nn.Module):
         """(..., width), any precision -> the same, float32."""
         moved = features.float() - self.mean
         rows = moved.flatten(0, -2)
-        self.sums += torch.cat([rows.sum(0), rows.square().sum(0), rows.new_tensor([len(rows)])])
+        self.sums += torch.cat([rows.sum(0), rows.square().sum(0), rows.new_full((1,), len(rows))])
         return moved / (self.var + EPSILON).sqrt()
 
     def move(self) -> None:
@@ -303,8 +303,8 @@ class Standard(nn.Module):
             dist.all_reduce(self.sums)
         moved, squares = (self.sums[:-1] / self.sums[-1]).chunk(2)
         self.steps += 1
-        self.var.lerp_(squares - moved.square(), 1 / float(self.steps))
-        self.mean.lerp_(self.mean + moved, 1 / float(self.steps))
+        self.var.lerp_(squares - moved.square(), 1 / self.steps)
+        self.mean.lerp_(self.mean + moved, 1 / self.steps)
 
 
 def feature_loss(said: Tensor, taught: Tensor) -> Tensor:

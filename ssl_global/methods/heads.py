@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Numbers of the prototypes at a time (ours): on a CPU 1 MB, which stays in the processor's cache.
-AT_ONCE = {"cpu": 2**18}
-AT_ONCE_ELSEWHERE = 2**26
+from ssl_global.methods.chunks import chunks
 
 
 class PrototypeHead(nn.Module):
@@ -53,13 +51,13 @@ class UnitRows(torch.autograd.Function):
     """Each row w of a matrix at length 1: u = w / |w|, and dw = (du - u (u . du)) / |w|, some rows at a time.
 
     F.normalize says the same in ten walks over a matrix that, with 65 536 prototypes, no cache holds; this takes one
-    forward and one back.
+    forward and one back, in float32 whatever the matrix is.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
         unit, lengths = torch.empty_like(weight), weight.new_empty(len(weight), 1, dtype=torch.float32)
-        for some in parts(weight):
+        for some in chunks(weight):
             rows = weight[some].float()
             torch.linalg.vector_norm(rows, dim=1, keepdim=True, out=lengths[some]).clamp_(min=1e-12)
             unit[some] = rows / lengths[some]
@@ -71,13 +69,8 @@ class UnitRows(torch.autograd.Function):
     def backward(ctx: Any, of_unit: Tensor) -> Tensor:
         unit, lengths = ctx.saved_tensors
         gradient = torch.empty_like(of_unit)
-        for some in parts(unit):
+        for some in chunks(unit):
             u, du = unit[some].float(), of_unit[some].float()
             along = (u * du).sum(1, keepdim=True)
             gradient[some] = torch.addcmul(du, u, along, value=-1).div_(lengths[some])
         return gradient
-
-
-def parts(matrix: Tensor) -> list[slice]:
-    rows = max(1, AT_ONCE.get(matrix.device.type, AT_ONCE_ELSEWHERE) // matrix.shape[1])
-    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-AT_ONCE = 2**24  # values at a time (ours): 64 MB beside the logits
+from ssl_global.methods.chunks import chunks
 
 
 def ibot_loss(student_MK: Tensor, teacher_MK: Tensor, weight_M: Tensor, *, student_temp: float) -> Tensor:
@@ -44,11 +44,9 @@ class CrossEntropies(torch.autograd.Function):
     def forward(ctx: Any, student_MK: Tensor, teacher_MK: Tensor, weight_M: Tensor, temp: float) -> Tensor:
         gradient = torch.empty_like(student_MK) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=student_MK.device)
-        at_once = max(AT_ONCE // student_MK.shape[1], 1)
         largest = weight_M.max() if len(weight_M) else weight_M.new_ones(())
         with torch.autocast(student_MK.device.type, enabled=False):
-            for first in range(0, len(student_MK), at_once):
-                some = slice(first, first + at_once)
+            for some in chunks(student_MK):
                 teacher_mK, weight_m1 = teacher_MK[some].float(), weight_M[some, None]
                 z_mK = student_MK[some].float() / temp
                 log_sum_m1 = z_mK.logsumexp(-1, keepdim=True)

@@ -207,10 +207,10 @@ class Decoder(nn.Module):
         return self.predict(self.norm(x))
 
     def positions(self, grid: tuple[int, int], x: Tensor) -> Tensor:
-        """(rows * cols, W), made once for each grid: a copy to the device in every step would wait for it."""
-        key = (*grid, x.device, x.dtype)
+        """float32 (rows * cols, W), made once for each grid: a copy to the device in every step would wait for it."""
+        key = (*grid, x.device)
         if key not in self.made:
-            self.made[key] = sincos_positions(grid, x.shape[2]).to(x)
+            self.made[key] = sincos_positions(grid, x.shape[2]).to(x.device)
         return self.made[key]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-AT_ONCE = 2**24  # values at a time (ours): 64 MB beside the logits
+from ssl_global.methods.chunks import chunks
 
 
 @torch.no_grad()
@@ -69,9 +69,7 @@ def log_sum_of_all(parts_NK: Sequence[Tensor], rows: Sequence[Tensor], temp: flo
 
 def scaled(part_NK: Tensor, temp: float) -> Iterator[tuple[slice, Tensor]]:
     """A few samples at a time: which, and a new tensor of their logits / temp."""
-    at_once = max(AT_ONCE // part_NK.shape[1], 1)
-    for first in range(0, len(part_NK), at_once):
-        some = slice(first, first + at_once)
+    for some in chunks(part_NK):
         yield some, part_NK[some].to(at_least_float32(part_NK)) / temp
 
 

@@ -39,7 +39,7 @@ class Centre(nn.Module):
         self.num_logits += logits.flatten(0, -2).shape[0]
 
     def move(self, momentum: float) -> None:
-        total = torch.cat([self.logit_sum, self.logit_sum.new_tensor([self.num_logits])])
+        total = torch.cat([self.logit_sum, self.logit_sum.new_full((1,), self.num_logits)])
         if dist.is_initialized():
             dist.all_reduce(total)
         # Without a logit in the whole step, as where no patch was hidden, it stays.

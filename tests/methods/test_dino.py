@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from recipes_under_test import load_recipe
 
 from ssl_global.methods import heads
+from ssl_global.methods.chunks import AT_ONCE
 from ssl_global.methods.dino import Said, region_loss
-from ssl_global.methods.dino_loss import AT_ONCE, dino_loss
+from ssl_global.methods.dino_loss import dino_loss
 from ssl_global.schedules import Progress
 
 START = Progress(step=0, num_steps=100, steps_per_epoch=10)
@@ -235,7 +236,7 @@ def test_rows_of_unit_length_are_torchs(rows, width, at_once):
     weight = torch.randn(rows, width, generator=generator).requires_grad_()
     of_unit = torch.randn(rows, width, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(heads.AT_ONCE, "cpu", at_once)
+        patch.setitem(AT_ONCE, "cpu", at_once)
         unit = heads.UnitRows.apply(weight)
         unit.backward(of_unit)
     slow = weight.detach().double().requires_grad_()

@@ -16,8 +16,7 @@ from timm.optim import param_groups_layer_decay
 
 from ssl_global.encoders.weights import Weights
 from ssl_global.errors import UserError
-from ssl_global.methods import ibot_loss as ibot
-from ssl_global.methods import sinkhorn
+from ssl_global.methods.chunks import AT_ONCE
 from ssl_global.methods.gram import gram_loss, resized
 from ssl_global.methods.ibot_loss import ibot_loss
 from ssl_global.methods.koleo import koleo_loss
@@ -128,9 +127,9 @@ def test_the_loss_on_hidden_patches_is_the_slow_loop(m, k, temp, at_once):
     student = torch.randn(m, k, generator=generator, requires_grad=True)
     teacher = (5 * torch.randn(m, k, generator=generator)).softmax(-1)
     weight = torch.rand(m, generator=generator)
-    whole, ibot.AT_ONCE = ibot.AT_ONCE, at_once
-    fast = ibot_loss(student, teacher, weight, student_temp=temp)
-    ibot.AT_ONCE = whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AT_ONCE, "cpu", at_once)
+        fast = ibot_loss(student, teacher, weight, student_temp=temp)
     slow = torch.zeros((), dtype=torch.float64)
     for i in range(m):
         slow = slow - weight[i] * (teacher[i].double() * torch.log_softmax(student[i].double() / temp, -1)).sum()
@@ -189,7 +188,7 @@ def test_sinkhorn_uses_all_prototypes_and_a_few_rows_at_a_time_are_the_same(monk
         p = (logits / temp + sinkhorn_offsets([logits], temp=temp, rounds=50)).softmax(-1)
         torch.testing.assert_close(p.mean(0), torch.full((16,), 1 / 16), rtol=0.05, atol=0)
     at_once = sinkhorn_offsets([logits], temp=0.04, rounds=3)
-    monkeypatch.setattr(sinkhorn, "AT_ONCE", 80)
+    monkeypatch.setitem(AT_ONCE, "cpu", 80)
     torch.testing.assert_close(sinkhorn_offsets([logits], temp=0.04, rounds=3), at_once)
     assert sinkhorn_offsets([logits[:0]], temp=0.04, rounds=3).shape == (16,)
 
